@@ -1,0 +1,1 @@
+"""Experiments: `get_config(arg)` of one file is one experiment."""

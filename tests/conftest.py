@@ -1,0 +1,21 @@
+"""Every test runs on 8 fake CPU devices, with shape annotations checked and no silent rank promotion."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a small test's time is compilation; the programs themselves run in milliseconds either way.
+jax.config.update("jax_disable_most_optimizations", True)
+# Production runs unchecked; this hook is the one switch.
+jaxtyping.install_import_hook("unifluid_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
