@@ -1,0 +1,1 @@
+"""TFDS dataset builders: ArrayRecord files, no TensorFlow. A folder per data set, with its card."""
