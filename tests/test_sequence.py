@@ -1,0 +1,125 @@
+"""Layouts, masks and slots against the paper's figure, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifluid_jax import sequence
+from unifluid_jax.errors import UserError
+from unifluid_jax.sequence import Latents, Layout, Modality
+
+LAYOUT = Layout(
+    bos=2, eos=1, boi=4, null=5, separator=6, vision_tokens=3, image_tokens=4, token_dim=2
+)
+IMAGE = np.full((8, 8, 3), 7, np.uint8)
+ORDER = np.array([2, 0, 3, 1], np.int32)
+
+
+def latents(start=0.0):
+    mean = start + np.arange(8, dtype=np.float32).reshape(4, 2)
+    return Latents(mean=mean, std=mean / 100)
+
+
+def test_understanding_supervises_the_answer_and_eos():
+    s = sequence.understanding(LAYOUT, IMAGE, prompt=[10, 11], answer=[20, 21])
+    np.testing.assert_array_equal(s.tokens, [0, 0, 0, 2, 10, 11, 6, 20, 21])
+    np.testing.assert_array_equal(s.modality, [Modality.VISION] * 3 + [Modality.TEXT] * 6)
+    supervised = s.text_weight > 0
+    np.testing.assert_array_equal(np.flatnonzero(supervised), [6, 7, 8])
+    np.testing.assert_array_equal(s.text_target[supervised], [20, 21, LAYOUT.eos])
+    assert not s.image_weight.any() and s.images.shape == (1, 8, 8, 3)
+
+
+def test_understanding_prefix_is_the_start_of_the_whole():
+    whole = sequence.understanding(LAYOUT, IMAGE, [10, 11], [20, 21])
+    prefix = sequence.understanding(LAYOUT, IMAGE, [10, 11], None)
+    np.testing.assert_array_equal(prefix.tokens, whole.tokens[: len(prefix)])
+    assert prefix.tokens[-1] == LAYOUT.separator and not prefix.text_weight.any()
+
+
+def test_generation_has_n_inputs_for_n_tokens_in_order():
+    s = sequence.generation(LAYOUT, [10, 11], latents(), ORDER)
+    np.testing.assert_array_equal(s.tokens[:4], [2, 10, 11, LAYOUT.boi])
+    assert len(s) == 3 + 4
+    np.testing.assert_array_equal(s.modality[3:], [Modality.TEXT] + [Modality.LATENT] * 3)
+    np.testing.assert_array_equal(s.target_position, [-1, -1, -1, 2, 0, 3, 1])
+    np.testing.assert_array_equal(s.content_position, [-1, -1, -1, -1, 2, 0, 3])
+    np.testing.assert_array_equal(s.latent_mean[3:], latents().mean[ORDER])
+    np.testing.assert_array_equal(s.latent_std[3:], latents().std[ORDER])
+    np.testing.assert_array_equal(s.image_weight, [0, 0, 0, 1, 1, 1, 1])
+
+
+def test_raster_is_the_identity_order():
+    np.testing.assert_array_equal(sequence.raster(LAYOUT), [0, 1, 2, 3])
+
+
+def test_generation_prefix_ends_with_boi_and_its_first_target():
+    s = sequence.generation(LAYOUT, [10], None, ORDER)
+    np.testing.assert_array_equal(s.tokens, [2, 10, LAYOUT.boi])
+    np.testing.assert_array_equal(s.target_position, [-1, -1, 2])
+    assert not s.image_weight.any()
+
+
+def test_dropped_prompt_keeps_its_length():
+    assert sequence.dropped(LAYOUT, [10, 11, 12]) == [LAYOUT.null] * 3
+
+
+def test_editing_feeds_the_source_clean_and_supervises_the_target_alone():
+    s = sequence.editing(LAYOUT, IMAGE, latents(50), [10], latents(), ORDER)
+    # vision 3, source 4, BOS and one word, BOI and three tokens
+    assert len(s) == 3 + 4 + 2 + 4
+    source = slice(3, 7)
+    np.testing.assert_array_equal(s.content_position[source], [0, 1, 2, 3])
+    np.testing.assert_array_equal(s.target_position[source], [-1] * 4)
+    np.testing.assert_array_equal(s.latent_mean[source], latents(50).mean)
+    np.testing.assert_array_equal(np.flatnonzero(s.image_weight), [9, 10, 11, 12])
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_editing_with_one_view(vision):
+    s = sequence.editing(
+        LAYOUT, IMAGE if vision else None, None if vision else latents(), [10], latents(), ORDER
+    )
+    assert len(s) == (3 if vision else 4) + 2 + 4
+    assert len(s.images) == int(vision)
+
+
+def test_editing_without_a_view_of_its_source_is_refused():
+    with pytest.raises(UserError, match="edit_vision, edit_latents"):
+        sequence.editing(LAYOUT, None, None, [10], latents(), ORDER)
+
+
+def test_bidirectional_prefix_is_one_causal_step():
+    layout = Layout(**{**vars(LAYOUT), "bidirectional_prefix": True})
+    s = sequence.generation(layout, [10, 11], latents(), ORDER)
+    np.testing.assert_array_equal(s.step, [1, 0, 0, 1, 1, 1, 1])
+    mask = sequence.attention_mask(jnp.asarray(s.step[None]), jnp.ones((1, len(s)), int))[0]
+    assert mask[:3, :3].all() and not mask[0, 3]
+
+
+def slow_mask(step, segment):
+    causal = np.cumsum(step)
+    return [
+        [
+            bool(causal[j] <= causal[i] and segment[i] == segment[j] and segment[i] > 0)
+            for j in range(len(step))
+        ]
+        for i in range(len(step))
+    ]
+
+
+def test_mask_equals_its_definition():
+    rng = np.random.default_rng(0)
+    step = rng.integers(0, 2, (3, 12)).astype(np.int32)
+    segment = np.sort(rng.integers(0, 4, (3, 12)), axis=1)[:, ::-1].astype(np.int32).copy()
+    mask = sequence.attention_mask(jnp.asarray(step), jnp.asarray(segment))
+    np.testing.assert_array_equal(mask, [slow_mask(*row) for row in zip(step, segment, strict=True)])
+
+
+def test_slots_hold_every_target_once():
+    weight = np.array([[0, 1, 0, 2, 0], [0, 0, 0, 0, 0], [3, 0, 0, 0, 1]], np.float32)
+    index, weights = jax.jit(sequence.slots, static_argnums=1)(jnp.asarray(weight), 3)
+    np.testing.assert_array_equal(weights, [[1, 2, 0], [0, 0, 0], [3, 1, 0]])
+    np.testing.assert_array_equal(index[0, :2], [1, 3])
+    np.testing.assert_array_equal(index[2, :2], [0, 4])

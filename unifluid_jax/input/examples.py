@@ -1,0 +1,290 @@
+"""Records to examples to sequences: what each task takes from a record, and how it is laid out.
+
+Prompts are PaliGemma's: "caption en" and "answer en {question}". Generation and editing read the
+caption or instruction as it is.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from unifluid_jax import sequence
+from unifluid_jax.errors import UserError
+from unifluid_jax.input.records import TASK_PARTS, Record, resized
+from unifluid_jax.input.tokenizer import TextTokenizer
+from unifluid_jax.sequence import Latents, Layout, Sequence
+
+if TYPE_CHECKING:
+    # Worker processes of the pipeline import this module, and need no network for it.
+    from unifluid_jax.image_tokenizer import ImageTokenizer
+
+TASKS = tuple(TASK_PARTS)
+CAPTION_PROMPT = "caption en"
+ANSWER_PROMPT = "answer en {question}"
+
+
+class Unfit(Exception):
+    """A sound record that a task can make no use of: nothing for it, no text, a text too long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One thing to learn or to be asked.
+
+    Attributes:
+        task: one of `TASKS`.
+        prompt: question, instruction or caption, as a user would write it; empty for captioning.
+        answer: text to be produced (caption, vqa).
+        image: picture to be understood (caption, vqa, edit).
+        target: picture to be produced (generate, edit).
+        source_latents, target_latents: their latents, normalised, where the model reads them.
+        record: what it was taken from.
+    """
+
+    task: str
+    prompt: str
+    answer: str | None = None
+    image: UInt8[np.ndarray, "H W 3"] | None = None
+    target: UInt8[np.ndarray, "H W 3"] | None = None
+    source_latents: Latents | None = None
+    target_latents: Latents | None = None
+    record: Record | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentScale:
+    """Channel statistics of an image tokenizer's latents: the model's have mean 0 and variance 1.
+
+    Attributes:
+        mean, std: over training pictures, per dim of a token.
+    """
+
+    mean: Float[np.ndarray, "C"]
+    std: Float[np.ndarray, "C"]
+
+    def normalised(self, mean: Float[np.ndarray, "N C"], std: Float[np.ndarray, "N C"]) -> Latents:
+        """Raw posterior moments of one picture on the model's scale."""
+        return Latents((mean - self.mean[None]) / self.std[None], std / self.std[None])
+
+    def raw(self, tokens: Float[np.ndarray, "*rest C"]) -> Float[np.ndarray, "*rest C"]:
+        """The model's tokens on the image tokenizer's own scale."""
+        return tokens * self.std + self.mean
+
+
+def take(task: str, record: Record, choice: int) -> Example:
+    """The example number `choice` of a task in a record, pictures decoded.
+
+    Raises:
+        ValueError: the record is corrupt there.
+    """
+    if task == "caption":
+        image, text = record.captions[choice]
+        return Example(task, "", answer=text, image=record.image(image), record=record)
+    if task == "vqa":
+        image, question, answer = record.questions[choice]
+        return Example(task, question, answer=answer, image=record.image(image), record=record)
+    if task == "generate":
+        image, text = record.captions[choice]
+        return Example(task, text, target=record.image(image), record=record)
+    source, target, text = record.edits[choice]
+    return Example(
+        task, text, image=record.image(source), target=record.image(target), record=record
+    )
+
+
+def draw(
+    task: str,
+    record: Record,
+    moments: Float[np.ndarray, "2 images N C"] | None,
+    scale: LatentScale,
+    rng: np.random.Generator,
+) -> Example:
+    """A random example of a task in a record; latents of what is to be produced, not its pixels.
+
+    Args:
+        moments: raw posterior means and standard deviations of all the record's pictures.
+
+    Raises:
+        ValueError: the record is corrupt.
+        Unfit: it has nothing for the task.
+    """
+    choices = len(getattr(record, TASK_PARTS[task]))
+    if not choices:
+        raise Unfit(f"nothing for the task {task}")
+    choice = int(rng.integers(choices))
+    if task in ("caption", "vqa"):
+        return take(task, record, choice)
+
+    def latents(image: int) -> Latents:
+        if not 0 <= image < moments.shape[1]:
+            raise ValueError(f"no latents of image {image}, there are {moments.shape[1]}")
+        return scale.normalised(moments[0, image], moments[1, image])
+
+    if task == "generate":
+        image, text = record.captions[choice]
+        return Example(task, text, target_latents=latents(image), record=record)
+    source, target, text = record.edits[choice]
+    return Example(
+        task,
+        text,
+        image=record.image(source),
+        source_latents=latents(source),
+        target_latents=latents(target),
+        record=record,
+    )
+
+
+class Sequencer:
+    """Lays out examples as token sequences. Holds no device arrays: it goes to worker processes.
+
+    Args:
+        text: the text tokenizer.
+        layout: constants of the model's sequences.
+        scale: of the image tokenizer's latents.
+        fingerprint: of the image tokenizer.
+        image_size: side of the pictures that the vision tower reads; others are resized.
+        input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `text_drop`,
+            `edit_vision`, `edit_latents`.
+    """
+
+    def __init__(
+        self,
+        text: TextTokenizer,
+        layout: Layout,
+        scale: LatentScale,
+        fingerprint: str,
+        image_size: int,
+        input_config: ConfigDict,
+    ):
+        c = input_config
+        if c.order not in ("random", "raster"):
+            raise UserError(f'config.input.order is "{c.order}": set it to random or raster')
+        self.text, self.layout, self.scale = text, layout, scale
+        self.fingerprint, self.image_size = fingerprint, image_size
+        self._random_order = c.order == "random"
+        self._limit, self._text_drop = c.max_prompt_tokens, c.text_drop
+        self._edit_vision, self._edit_latents = c.edit_vision, c.edit_latents
+
+    def train(self, example: Example, rng: np.random.Generator) -> Sequence:
+        """The supervised sequence of an example: text dropped at random, tokens in a fresh order.
+
+        Raises:
+            Unfit: a text of it is empty or longer than `max_prompt_tokens`. It is not cut: a cut
+                answer would teach the model to stop anywhere.
+        """
+        prompt = self._checked(prompt_text(example.task, example.prompt))
+        if example.task in ("caption", "vqa"):
+            image = resized(example.image, self.image_size)
+            return sequence.understanding(self.layout, image, prompt, self._checked(example.answer))
+        if rng.random() < self._text_drop:
+            prompt = sequence.dropped(self.layout, prompt)
+        order = self.order(rng)
+        if example.task == "generate":
+            return sequence.generation(self.layout, prompt, example.target_latents, order)
+        return self._edit(example, prompt, example.target_latents, order)
+
+    def prefix(
+        self, example: Example, order: Int[np.ndarray, "N"], *, dropped: bool = False
+    ) -> Sequence:
+        """The sequence to decode from; with `dropped`, its unconditional twin for guidance.
+
+        Args:
+            example: its answer and target are not looked at. An edit brings `source_latents` if the
+                model reads them.
+
+        Raises:
+            UserError: the prompt is empty or too long.
+        """
+        if example.task != "caption" and not example.prompt.strip():
+            raise UserError(f"the prompt of the task {example.task} is empty: say what is wanted")
+        try:
+            prompt = self._checked(prompt_text(example.task, example.prompt))
+        except Unfit as error:
+            raise UserError(f'prompt "{_short(example.prompt)}": {error}') from None
+        if dropped:
+            prompt = sequence.dropped(self.layout, prompt)
+        if example.task in ("caption", "vqa"):
+            image = resized(example.image, self.image_size)
+            return sequence.understanding(self.layout, image, prompt, None)
+        if example.task == "generate":
+            return sequence.generation(self.layout, prompt, None, order)
+        return self._edit(example, prompt, None, order)
+
+    def order(self, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
+        """An order of the image tokens: a fresh permutation, or raster."""
+        if self._random_order:
+            return rng.permutation(self.layout.image_tokens).astype(np.int32)
+        return sequence.raster(self.layout)
+
+    def largest(self, task: str) -> dict[str, int]:
+        """What an example of a task takes up at most, by the names of the caps in the config."""
+        layout, limit = self.layout, self._limit
+        if task in ("caption", "vqa"):
+            # BOS and separator around the prompt; the answer's EOS is predicted, never fed.
+            length = layout.vision_tokens + 2 + 2 * limit
+            return {"seq_len": length, "max_images": 1, "max_text_targets": limit + 1}
+        length = 1 + limit + layout.image_tokens
+        if task == "edit":
+            length += self._edit_vision * layout.vision_tokens
+            length += self._edit_latents * layout.image_tokens
+        return {
+            "seq_len": length,
+            "max_images": int(task == "edit" and self._edit_vision),
+            "max_image_targets": layout.image_tokens,
+        }
+
+    def _checked(self, text: str) -> list[int]:
+        ids = self.text.encode(text)
+        if not ids:
+            raise Unfit("an empty text")
+        if len(ids) > self._limit:
+            raise Unfit(
+                f"{len(ids)} tokens, more than config.input.max_prompt_tokens={self._limit}:"
+                " shorten it"
+            )
+        return ids
+
+    def _edit(
+        self, example: Example, prompt: list[int], target: Latents | None, order: np.ndarray
+    ) -> Sequence:
+        source, latents = None, None
+        if self._edit_vision:
+            source = resized(example.image, self.image_size)
+        if self._edit_latents:
+            latents = example.source_latents
+            if latents is None:
+                raise ValueError("an edit needs its source's latents: encode the picture first")
+        return sequence.editing(self.layout, source, latents, prompt, target, order)
+
+
+def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
+    """The sequencer of a config and its image tokenizer; reads the text tokenizer.
+
+    Raises:
+        UserError: the text tokenizer cannot be used.
+    """
+    text = TextTokenizer(config.tokenizer.path)
+    vision = config.model.vision
+    layout = Layout(
+        **text.layout_ids,
+        vision_tokens=(vision.image_size // vision.patch_size) ** 2,
+        image_tokens=images.config.image_tokens,
+        token_dim=images.config.token_dim,
+        bidirectional_prefix=config.model.bidirectional_prefix,
+    )
+    scale = LatentScale(images.channel_mean, images.channel_std)
+    return Sequencer(text, layout, scale, images.fingerprint, vision.image_size, config.input)
+
+
+def prompt_text(task: str, prompt: str) -> str:
+    """What the model reads for a prompt of this task."""
+    if task == "caption":
+        return CAPTION_PROMPT
+    return ANSWER_PROMPT.format(question=prompt) if task == "vqa" else prompt
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,408 @@
+"""Grain pipelines: mixtures of records to packed batches; plain pictures for image tokenizers.
+
+Order of things: every entry of the mixture is shuffled, repeated, dealt to the processes and mixed,
+all by index; worker processes only map an index to an element, and Grain restores the order; what
+turns out to be unusable travels as `Skipped` and is dropped in the main process, where packing and
+batching happen. So the seed alone fixes the batches, whatever the number of workers, and a position
+in them is one index.
+
+Letters: L positions of a packed row, B rows, I pictures of a row, E examples of a row.
+"""
+
+import atexit
+import dataclasses
+import functools
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+from grain import experimental as grain_experimental
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+
+from unifluid_jax import sequence
+from unifluid_jax.errors import UserError, nearest
+from unifluid_jax.input import examples
+from unifluid_jax.input.examples import TASKS, Example, Sequencer, Unfit
+from unifluid_jax.input.latents import LatentCache
+from unifluid_jax.input.records import TASK_PARTS, Records, resized
+
+Batch = dict[str, np.ndarray]
+
+# Fields of a packed batch that have one entry per position.
+FIELDS = tuple(f.name for f in dataclasses.fields(sequence.Sequence) if f.name != "images")
+# What padding holds: zero, but here.
+_PADDING = {"content_position": -1, "target_position": -1, "example_id": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An element that cannot be used, on its way to be counted.
+
+    Attributes:
+        where: data set, split and record.
+        reason: what is wrong with it.
+        corrupt: the record cannot be read; else it only does not fit its task.
+    """
+
+    where: str
+    reason: str
+    corrupt: bool
+
+
+def packed_batches(
+    config: ConfigDict, sequencer: Sequencer, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """This process's packed batches, endless; `get_state` and `set_state` hold the position.
+
+    Each batch is a dict: the fields of `sequence.Sequence` as [B, L, ...], `images` uint8
+    [B, I, H, W, 3], `segment` [B, L] (1, 2, ... in a row, 0 for padding) and `example_id` [B, E, 2]
+    (mixture entry and record index of the row's segments, in their order; -1 for none).
+
+    A batch holds a contiguous part of the mixture, so its tasks have the configured proportions.
+
+    Args:
+        process, processes: which share of the examples to read, of how many.
+
+    Raises:
+        UserError: the mixture is empty or names unknown data, or an example can exceed a row.
+    """
+    c = config.input
+    lengths = {name: c.seq_len for name in FIELDS}
+    lengths |= {
+        "images": c.max_images,
+        "example_id": max_examples(config, sequencer),
+        "text_slots": c.max_text_targets,
+        "image_slots": c.max_image_targets,
+    }
+    rows = _share(c.batch_size, processes)
+    dataset = grain_experimental.BestFitPackIterDataset(
+        sequences(config, sequencer, process, processes),
+        length_struct=lengths,
+        num_packing_bins=rows,
+        shuffle_bins=False,
+        # All arrays of an example lie alike: segment ids of one of them will do.
+        meta_features=[name for name in lengths if name != "tokens"],
+        padding_struct={name: _PADDING.get(name, 0) for name in lengths},
+    )
+    return _Ahead(iter(dataset.batch(rows).map(_finished)))
+
+
+def sequences(
+    config: ConfigDict, sequencer: Sequencer, process: int = 0, processes: int = 1
+) -> grain.IterDataset:
+    """The endless mixture before packing: of each example the arrays that the packer is to join.
+
+    Raises:
+        UserError: as `packed_batches`.
+    """
+    maps = []
+    open_records = functools.cache(functools.partial(_open_records, config.data_dir))
+    for number, entry in enumerate(mixture(config)):
+        task = entry.get("task", "")
+        if task not in TASKS:
+            raise UserError(f'unknown task "{task}" in config.input.mixture{nearest(task, TASKS)}')
+        for name, needed in sequencer.largest(task).items():
+            if needed > config.input[name]:
+                raise UserError(
+                    f"an example of the task {task} takes up to {needed}, config.input.{name} is"
+                    f" {config.input[name]}: raise it or lower config.input.max_prompt_tokens"
+                )
+        # One reader for all tasks of a split: it is read through once.
+        records = open_records(entry["dataset"], entry["split"], json.dumps(entry.get("fields")))
+        latents = None
+        if task in ("generate", "edit"):
+            latents = LatentCache(records, config.data_dir, sequencer.fingerprint)
+        to_sequence = _ToSequence(number, task, records, latents, sequencer)
+        maps.append((records.with_task(task), to_sequence))
+    return _elements(config, maps, process, processes)
+
+
+def picture_batches(
+    config: ConfigDict, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Batches {"images": uint8 [B, H, W, 3]} of random pictures of records, for an image tokenizer.
+
+    Each record is drawn equally often, with one of its pictures at random. `config.input` has
+    `image_size`; `flip`, whether to mirror half of the pictures; `shift`, by how many pixels at
+    most to move them, the edge repeated.
+
+    Raises:
+        UserError: the mixture is empty or names unknown data.
+    """
+    maps = []
+    for entry in mixture(config):
+        fields = json.dumps(entry.get("fields"))
+        records = _open_records(config.data_dir, entry["dataset"], entry["split"], fields)
+        maps.append((np.arange(len(records)), _ToPicture(records, config.input)))
+    dataset = _elements(config, maps, process, processes)
+    return _Ahead(iter(dataset.batch(_share(config.input.batch_size, processes))))
+
+
+def mixture(config: ConfigDict) -> list[Mapping[str, Any]]:
+    """The entries of `config.input.mixture` that take part; a weight of 0 switches one off.
+
+    Raises:
+        UserError: nothing takes part, or an entry is incomplete.
+    """
+    for entry in config.input.mixture:
+        for name in ("dataset", "split", "weight"):
+            if name not in entry:
+                raise UserError(f'an entry of config.input.mixture lacks "{name}": {dict(entry)}')
+        if entry["weight"] < 0:
+            raise UserError(f"config.input.mixture: weight {entry['weight']} of {entry['dataset']}")
+    entries = [entry for entry in config.input.mixture if entry["weight"] > 0]
+    if not entries:
+        raise UserError("config.input.mixture is empty: give at least one entry a weight above 0")
+    return entries
+
+
+def max_examples(config: ConfigDict, sequencer: Sequencer) -> int:
+    """E: what a row of the shortest examples possible would hold."""
+    layout = sequencer.layout
+    # A picture, BOS, separator and two tokens; or BOS, one token, BOI and the rest of an image.
+    shortest = min(layout.vision_tokens + 4, layout.image_tokens + 2)
+    return config.input.seq_len // shortest
+
+
+def eval_examples(
+    config: ConfigDict,
+    task: str,
+    dataset: str,
+    split: str,
+    limit: int | None = None,
+    fields: Mapping[str, str | Sequence[str]] | None = None,
+) -> Iterator[Example]:
+    """Examples of a split, each once and in order, pictures decoded.
+
+    Args:
+        limit: how many, drawn evenly from all with a fixed seed; None for all.
+
+    Raises:
+        UserError: the data set is not there, or one of its records is corrupt.
+    """
+    if task not in TASKS:
+        raise UserError(f'unknown task "{task}"{nearest(task, TASKS)}')
+    records = Records(dataset, split, config.data_dir, fields)
+    index = 0
+    try:
+        chosen = []
+        for index in range(len(records)):
+            chosen += [(index, i) for i in range(len(getattr(records[index], TASK_PARTS[task])))]
+        if limit is not None and limit < len(chosen):
+            drawn = np.random.default_rng(0).choice(len(chosen), limit, replace=False)
+            chosen = [chosen[i] for i in np.sort(drawn)]
+        for index, choice in chosen:
+            yield examples.take(task, records[index], choice)
+    except ValueError as error:
+        raise UserError(
+            f"{records.name} record {index} is corrupt ({error}): build the data set anew"
+        ) from error
+
+
+class _ToSequence:
+    """Maps a record index of one mixture entry to the arrays of a random example of it."""
+
+    def __init__(
+        self,
+        entry: int,
+        task: str,
+        records: Records,
+        latents: LatentCache | None,
+        sequencer: Sequencer,
+    ):
+        self._entry, self._task = entry, task
+        self._records, self._latents, self._sequencer = records, latents, sequencer
+        self._no_images = np.zeros((0, sequencer.image_size, sequencer.image_size, 3), np.uint8)
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | Skipped:
+        where = f"{self._records.name} record {index}"
+        try:
+            record = self._records[index]
+            moments = None if self._latents is None else self._latents[index]
+            example = examples.draw(self._task, record, moments, self._sequencer.scale, rng)
+        except ValueError as error:
+            return Skipped(where, str(error), corrupt=True)
+        except Unfit as error:
+            return Skipped(where, str(error), corrupt=False)
+        try:
+            arrays = dict(vars(self._sequencer.train(example, rng)))
+        except Unfit as error:
+            return Skipped(where, str(error), corrupt=False)
+        if not len(arrays["images"]):
+            arrays["images"] = self._no_images
+        arrays["example_id"] = np.array([[self._entry, index]], np.int32)
+        # Counted by the packer, so that no row has more targets than the heads have slots.
+        arrays["text_slots"] = np.zeros(np.count_nonzero(arrays["text_weight"]), np.int8)
+        arrays["image_slots"] = np.zeros(np.count_nonzero(arrays["image_weight"]), np.int8)
+        return arrays
+
+
+class _ToPicture:
+    """Maps a record index to one of the record's pictures."""
+
+    def __init__(self, records: Records, input_config: ConfigDict):
+        self._records = records
+        self._size = input_config.image_size
+        self._flip, self._shift = input_config.flip, input_config.shift
+
+    def __call__(
+        self, index: int, rng: np.random.Generator
+    ) -> dict[str, UInt8[np.ndarray, "H W 3"]] | Skipped:
+        try:
+            record = self._records[index]
+            if not record.images:
+                return Skipped(f"{self._records.name} record {index}", "no pictures", corrupt=False)
+            image = record.image(int(rng.integers(len(record.images))))
+        except ValueError as error:
+            return Skipped(f"{self._records.name} record {index}", str(error), corrupt=True)
+        image = resized(image, self._size)
+        if self._flip and rng.random() < 0.5:
+            image = image[:, ::-1]
+        if self._shift:
+            y, x = rng.integers(2 * self._shift + 1, size=2)
+            padding = ((self._shift,) * 2, (self._shift,) * 2, (0, 0))
+            image = np.pad(image, padding, mode="edge")[y : y + self._size, x : x + self._size]
+        return {"images": np.ascontiguousarray(image)}
+
+
+def _open_records(data_dir: str, dataset: str, split: str, fields: str) -> Records:
+    return Records(dataset, split, data_dir, json.loads(fields))
+
+
+def _share(batch_size: int, processes: int) -> int:
+    if batch_size % processes:
+        raise UserError(
+            f"config.input.batch_size={batch_size} rows do not divide among {processes} processes"
+        )
+    return batch_size // processes
+
+
+def _elements(
+    config: ConfigDict,
+    maps: Sequence[tuple[Int[np.ndarray, "R"], Callable]],
+    process: int,
+    processes: int,
+) -> grain.IterDataset:
+    """The endless mixture of elements: for each entry, its record indices and what maps them."""
+    parts, entries = [], mixture(config)
+    for number, (indices, function) in enumerate(maps):
+        if not len(indices):
+            raise UserError(
+                f"nothing for config.input.mixture's {dict(entries[number])}: remove it"
+            )
+        seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0])
+        part = grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(function)
+        # Dealt before mixing: a stride over the mixture could leave a process without some task.
+        parts.append(part[process::processes])
+    mixed = grain.MapDataset.mix(parts, weights=[float(entry["weight"]) for entry in entries])
+    return _Usable(mixed, config.input.workers, config.input.max_corrupt)
+
+
+class _Usable(grain.IterDataset):
+    """The elements of a map-style data set, in order, without the `Skipped` ones.
+
+    Args:
+        workers: processes that make the elements; 0 to make them in the calling thread.
+        max_corrupt: different corrupt records to put up with.
+    """
+
+    def __init__(self, elements: grain.MapDataset, workers: int, max_corrupt: int):
+        super().__init__()
+        self._elements, self._workers, self._max_corrupt = elements, workers, max_corrupt
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _UsableIterator(self._elements, self._workers, self._max_corrupt)
+
+
+class _UsableIterator(grain.DatasetIterator):
+    """Its state is the next index, and what has been skipped so far; it knows of no workers."""
+
+    def __init__(self, elements: grain.MapDataset, workers: int, max_corrupt: int):
+        super().__init__()
+        self._elements, self._workers, self._max_corrupt = elements, workers, max_corrupt
+        self._next, self._unfit = 0, 0
+        self._corrupt: tuple[str, ...] = ()
+        self._stream: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Any:
+        if self._stream is None:
+            # Opened at the index where it is to go on: workers need no state of their own.
+            options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            dataset = self._elements[self._next :].to_iter_dataset(options)
+            if self._workers:
+                workers = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=64)
+                dataset = dataset.mp_prefetch(workers)
+            self._stream = iter(dataset)
+        while True:
+            element = next(self._stream)
+            self._next += 1
+            if not isinstance(element, Skipped):
+                return element
+            self._count(element)
+
+    def _count(self, element: Skipped) -> None:
+        if not element.corrupt:
+            self._unfit += 1
+            # 1, 2, 4, 8, ...: to be heard of, not to fill the screen.
+            if self._unfit & (self._unfit - 1) == 0:
+                logging.warning(
+                    "passed over %s: %s (number %d)", element.where, element.reason, self._unfit
+                )
+            return
+        if element.where in self._corrupt:
+            return
+        self._corrupt += (element.where,)
+        count = len(self._corrupt)
+        if count > self._max_corrupt:
+            raise UserError(
+                f"{element.where} is corrupt ({element.reason}): {count} such records, more than"
+                f" config.input.max_corrupt={self._max_corrupt}; build the data set anew"
+                " or raise the limit"
+            )
+        logging.warning(
+            "skipped %s, which is corrupt (%s): %d of at most %d",
+            *(element.where, element.reason, count, self._max_corrupt),
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self._next, "corrupt": list(self._corrupt), "unfit": self._unfit}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next, self._unfit = state["next"], state["unfit"]
+        self._corrupt = tuple(state["corrupt"])
+        self._close_stream()
+
+    def close(self) -> None:
+        self._close_stream()
+        super().close()
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
+
+
+class _Ahead(grain_experimental.ThreadPrefetchDatasetIterator):
+    """Batches, two of them made ahead by a thread that ends before the interpreter does."""
+
+    def __init__(self, batches: grain.DatasetIterator):
+        super().__init__(batches, prefetch_buffer_size=2)
+        # Grain closes in `__del__`, too late at the interpreter's end: the process would abort.
+        reference = weakref.ref(self)
+        atexit.register(lambda: (found := reference()) is not None and found.close())
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+
+
+def _finished(batch: Batch) -> Batch:
+    """The packer's names changed to ours, and what only it needed left out."""
+    batch["segment"] = batch["tokens_segment_ids"]
+    extra = ("tokens_segment_ids", "tokens_positions", "text_slots", "image_slots")
+    return {name: array for name, array in batch.items() if name not in extra}
