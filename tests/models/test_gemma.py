@@ -1,0 +1,174 @@
+"""The decoder: fast paths against slow ones, and what may influence what."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifluid_jax.models import gemma
+from unifluid_jax.models.functional import Functional
+from unifluid_jax.models.gemma import Gemma, GemmaConfig
+
+# Every feature alive: grouped queries, a window shorter than the sequence, a depth that is no multiple of the pattern.
+CONFIG = GemmaConfig(
+    vocab_size=50,
+    width=32,
+    depth=5,
+    mlp_dim=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    window=3,
+    scan_layers=False,
+)
+B, T = 2, 9
+
+
+def functional(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return Functional(lambda rngs: Gemma(config, rngs=rngs))
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = jax.jit(functional().init)(jax.random.key(0))
+    # Norm scales off zero, so that their place in the block matters.
+    return jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    tokens = jax.random.randint(jax.random.key(1), (B, T), 0, 50)
+    position = jnp.broadcast_to(jnp.arange(T), (B, T))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    return tokens, position, mask
+
+
+def full(functional, params, inputs):
+    tokens, position, mask = inputs
+
+    @jax.jit
+    def run(params):
+        model = functional.bind(params)
+        return model.logits(model(model.embed(tokens), position, mask)[0])
+
+    return run(params)
+
+
+@pytest.mark.parametrize("remat", [None, "nothing_saveable", "dots_saveable"])
+def test_scanned_equals_unrolled(params, inputs, remat):
+    unrolled = full(functional(), params, inputs)
+    scanned = full(functional(scan_layers=True, remat=remat), params, inputs)
+    np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
+
+
+def test_scanned_gradient_equals_unrolled(params, inputs):
+    def gradient(f):
+        return jax.grad(lambda p: jnp.square(full(f, p, inputs)).sum())(params)
+
+    scanned = gradient(functional(scan_layers=True, remat="nothing_saveable"))
+    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(gradient(functional())), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_cached_equals_full(params, inputs, scan):
+    f = functional(scan_layers=scan)
+    tokens, position, mask = inputs
+    slots = T + 2
+    model = f.bind(params)
+    cache = model.init_cache(B, slots)
+    x = model.embed(tokens)
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, slots - T)))
+    pieces, start = [], 0
+    for length in (4, 1, 1, 3):
+        piece = slice(start, start + length)
+        hidden, cache = model(x[:, piece], position[:, piece], mask[:, piece], cache, start)
+        pieces.append(hidden)
+        start += length
+    cached = model.logits(jnp.concatenate(pieces, axis=1))
+    np.testing.assert_allclose(cached, full(f, params, inputs), atol=2e-5)
+
+
+def test_a_later_token_has_exactly_no_gradient_into_an_earlier_output(params, inputs):
+    tokens, position, mask = inputs
+    model = functional().bind(params)
+
+    def early(x):
+        return jnp.square(model(x, position, mask)[0][:, :4]).sum()
+
+    gradient = jax.grad(early)(model.embed(tokens))
+    assert (gradient[:, 4:] == 0).all() and (gradient[:, 3] != 0).any()
+
+
+def test_local_layers_see_their_window_and_global_ones_all(inputs):
+    tokens, position, mask = inputs
+    for kind, seen in (("local", [6, 7, 8]), ("global", list(range(9)))):
+        f = functional(depth=1, attention=(kind,))
+        model = f.bind(f.init(jax.random.key(0)))
+
+        def last(x, model=model):
+            return model(x, position, mask)[0][:, -1].sum()
+
+        influence = jnp.abs(jax.grad(last)(model.embed(tokens))).sum((0, 2))
+        np.testing.assert_array_equal(np.flatnonzero(influence), seen)
+
+
+def slow_attention(q, k, v, mask, cap):
+    b, t, h, d = q.shape
+    group = h // k.shape[2]
+    out = np.zeros((b, t, h, d))
+    for i in np.ndindex(b, t, h):
+        row, place, head = i
+        logits = k[row, :, head // group] @ q[row, place, head]
+        logits = np.where(mask[row, place], cap * np.tanh(logits / cap), -np.inf)
+        weights = np.exp(logits - logits.max())
+        out[i] = (weights / weights.sum()) @ v[row, :, head // group]
+    return out
+
+
+def test_attention_equals_loops():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 5, 4, 8)).astype(np.float32) * 3
+    k, v = rng.normal(size=(2, 2, 5, 2, 8)).astype(np.float32)
+    mask = np.tril(np.ones((5, 5), bool))[None].repeat(2, 0)
+    fast = gemma.attend(*map(jnp.asarray, (q, k, v, mask)), cap=5.0)
+    np.testing.assert_allclose(fast, slow_attention(q, k, v, mask, 5.0), atol=1e-5)
+
+
+def test_rope_depends_on_distance_alone():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
+    dots = []
+    for shift in (0, 7):
+        turned = gemma.rope(x, jnp.array([[2 + shift, 5 + shift]]), 10_000.0)
+        dots.append(jnp.vdot(turned[0, 0], turned[0, 1]))
+    np.testing.assert_allclose(dots[0], dots[1], rtol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_parameters(params, inputs):
+    f = functional(dtype="bfloat16")
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(f.init(jax.random.key(0))))
+    half, single = full(f, params, inputs), full(functional(), params, inputs)
+    assert half.dtype == jnp.float32
+    assert jnp.abs(half - single).mean() < 0.05 * single.std()
+
+
+def test_logits_never_pass_the_cap(params, inputs):
+    assert jnp.abs(full(functional(final_cap=0.5), params, inputs)).max() <= 0.5
+
+
+def test_bind_refuses_another_tree(params):
+    with pytest.raises(ValueError, match="do not fit"):
+        functional().bind({"embedding": params["embedding"]})
+
+
+def test_axes_name_every_dimension(params):
+    jax.tree.map(
+        lambda x, axes: np.testing.assert_equal(x.ndim, len(axes)),
+        params,
+        functional().axes,
+    )

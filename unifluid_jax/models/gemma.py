@@ -1,0 +1,294 @@
+"""Gemma decoder: the backbone that reads text and image embeddings in one sequence (Gemma-2 is UniFluid's main one).
+
+Letters: B rows, T positions fed, S positions attended to (T, or the slots of the cache), D width, H query heads, G key/value heads,
+Q = H / G query heads per key/value head, K head dim, F MLP width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from unifluid_jax.models.functional import param, stack, unstack
+
+Cache = dict[str, jax.Array]
+
+_dense = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+_zeros = jax.nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes and switches of the decoder.
+
+    Attributes:
+        attention: kinds of attention, "local" (sliding window) or "global", repeated over the depth.
+        window: positions a local layer sees, itself included.
+        query_scale: factor on queries; None is `head_dim ** -0.5`.
+        attention_cap, final_cap: soft caps of attention and vocabulary logits; None is no cap (Gemma-1).
+        post_norms: RMSNorm after attention and MLP too (Gemma-2).
+        scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled (CPU: a scan body runs
+            on one core).
+        remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every activation.
+        dtype: compute type; parameters are float32.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    mlp_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention: tuple[str, ...] = ("local", "global")
+    window: int = 4096
+    query_scale: float | None = None
+    attention_cap: float | None = 50.0
+    final_cap: float | None = 30.0
+    post_norms: bool = True
+    rope_base: float = 10_000.0
+    scan_layers: bool = True
+    remat: str | None = None
+    dtype: str = "float32"
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """`cap * tanh(x / cap)`, or `x` when there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def rope(
+    x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base: float
+) -> Float[Array, "B T H K"]:
+    """Rotary position embedding, halves rotated against each other (Gemma's convention), angles in float32."""
+    half = x_BTHK.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x_BTHK.dtype)
+
+
+def attend(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSGK: Float[Array, "B S G K"],
+    v_BSGK: Float[Array, "B S G K"],
+    mask_BTS: Bool[Array, "B T S"],
+    cap: float | None,
+) -> Float[Array, "B T H K"]:
+    """Grouped-query attention, softmax in float32. The queries come scaled.
+
+    A position that may attend to nothing (padding) gets the mean of all values, which nobody reads.
+    """
+    b, t, h, k = q_BTHK.shape
+    groups = k_BSGK.shape[2]
+    q = q_BTHK.reshape(b, t, groups, h // groups, k)
+    logits = jnp.einsum("BTGQK,BSGK->BGQTS", q, k_BSGK, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask_BTS[:, None, None], soft_cap(logits, cap), -2.0e38)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGK.dtype)
+    return jnp.einsum("BGQTS,BSGK->BTGQK", weights, v_BSGK).reshape(b, t, h, k)
+
+
+class RmsNorm(nnx.Module):
+    """RMSNorm with Gemma's `1 + scale`, eps 1e-6, in float32."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.scale = param(_zeros, rngs.params(), (width,), ("embed",))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        scale = 1.0 + self.scale[...]
+        return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and GeGLU MLP, each with a norm before and, in Gemma-2, one after."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = c = config
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+
+        def dense(in_axis, out_axis):
+            return jax.nn.initializers.variance_scaling(
+                1.0, "fan_in", "truncated_normal", in_axis=in_axis, out_axis=out_axis
+            )
+
+        project = dense(0, (1, 2))
+        self.pre_attention_norm = RmsNorm(c.width, rngs=rngs)
+        self.q = param(project, rngs.params(), (c.width, c.heads, c.head_dim), q_axes)
+        self.k = param(project, rngs.params(), (c.width, c.kv_heads, c.head_dim), kv_axes)
+        self.v = param(project, rngs.params(), (c.width, c.kv_heads, c.head_dim), kv_axes)
+        self.o = param(
+            dense((0, 1), 2),
+            rngs.params(),
+            (c.heads, c.head_dim, c.width),
+            ("heads", "head_dim", "embed"),
+        )
+        self.pre_mlp_norm = RmsNorm(c.width, rngs=rngs)
+        self.gate = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
+        self.up = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
+        self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp", "embed"))
+        if c.post_norms:
+            self.post_attention_norm = RmsNorm(c.width, rngs=rngs)
+            self.post_mlp_norm = RmsNorm(c.width, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        position_BT: jax.Array,
+        mask_BTS: jax.Array,
+        cache: Cache | None,
+        offset: jax.Array | int,
+    ) -> tuple[jax.Array, Cache | None]:
+        attended, cache = self._attention(
+            self.pre_attention_norm(x_BTD), position_BT, mask_BTS, cache, offset
+        )
+        x_BTD += self.post_attention_norm(attended) if self.config.post_norms else attended
+        fed = self._mlp(self.pre_mlp_norm(x_BTD))
+        return x_BTD + (self.post_mlp_norm(fed) if self.config.post_norms else fed), cache
+
+    def _attention(self, x_BTD, position_BT, mask_BTS, cache, offset):
+        c, dtype = self.config, x_BTD.dtype
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+        q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(dtype))
+        k = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.k[...].astype(dtype))
+        v = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.v[...].astype(dtype))
+        q = rope(q, position_BT, c.rope_base) * scale
+        k = rope(k, position_BT, c.rope_base)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(cache[name], new, offset, axis=1)
+                for name, new in (("k", k), ("v", v))
+            )
+            cache = {"k": k, "v": v}
+        y = attend(q, k, v, mask_BTS, c.attention_cap)
+        return jnp.einsum("BTHK,HKD->BTD", y, self.o[...].astype(dtype)), cache
+
+    def _mlp(self, x_BTD):
+        dtype = x_BTD.dtype
+        gate = jax.nn.gelu(x_BTD @ self.gate[...].astype(dtype), approximate=True)
+        return (gate * (x_BTD @ self.up[...].astype(dtype))) @ self.down[...].astype(dtype)
+
+
+class Gemma(nnx.Module):
+    """Embedding table (tied to the output), blocks, final norm."""
+
+    def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        # Rows of norm about 1: scaled by sqrt(D) on the way in they have unit variance, and so have the first logits.
+        self.embedding = param(
+            jax.nn.initializers.normal(config.width**-0.5),
+            rngs.params(),
+            (config.vocab_size, config.width),
+            ("vocab", "embed"),
+        )
+        self.layers = stack(lambda r: Block(config, rngs=r), config.depth, rngs)
+        self.final_norm = RmsNorm(config.width, rngs=rngs)
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings of text tokens, scaled by sqrt(D) as in every Gemma."""
+        rows = self.embedding[...].astype(self.config.dtype)[tokens_BT]
+        return rows * jnp.asarray(math.sqrt(self.config.width), rows.dtype)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Vocabulary logits of final hidden states, float32, soft-capped."""
+        logits = jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            self.embedding[...].astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return soft_cap(logits, self.config.final_cap)
+
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty key/value cache: [layers, B, slots, G, K] each, and the RoPE position held by every slot."""
+        c = self.config
+        shape = (c.depth, batch, slots, c.kv_heads, c.head_dim)
+        return {
+            "k": jnp.zeros(shape, c.dtype),
+            "v": jnp.zeros(shape, c.dtype),
+            "position": jnp.zeros((batch, slots), jnp.int32),
+        }
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        position_BT: Int[Array, "B T"],
+        mask_BTS: Bool[Array, "B T S"],
+        cache: Cache | None = None,
+        offset: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Final hidden states of the T positions fed.
+
+        Args:
+            x_BTD: embeddings, in the compute type.
+            position_BT: RoPE positions.
+            mask_BTS: who attends to whom; S = T without a cache, else the cache's slots, each of which must have been
+                written by this call or an earlier one where the mask is true.
+            cache: from `init_cache`, or None for a full pass.
+            offset: slot that the first of the T positions is written to, the same for every row.
+        """
+        key_position = position_BT
+        if cache is not None:
+            key_position = jax.lax.dynamic_update_slice_in_dim(
+                cache["position"], position_BT, offset, axis=1
+            )
+        distance = position_BT[:, :, None] - key_position[:, None, :]
+        masks = {"global": mask_BTS, "local": mask_BTS & (distance < self.config.window)}
+
+        def run(block: Block, kind: str, x: jax.Array, layer_cache: Cache | None):
+            return block(x, position_BT, masks[kind], layer_cache, offset)
+
+        layer_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+        x_BTD, layer_cache = _run_layers(self.config, self.layers, run, x_BTD, layer_cache)
+        if cache is not None:
+            cache = {**layer_cache, "position": key_position}
+        return self.final_norm(x_BTD), cache
+
+
+def _run_layers(
+    config: GemmaConfig,
+    layers: Block,
+    run: Callable[[Block, str, jax.Array, Cache | None], tuple[jax.Array, Cache | None]],
+    x: jax.Array,
+    cache: Cache | None,
+) -> tuple[jax.Array, Cache | None]:
+    """All blocks in turn, scanned over whole periods of the attention pattern or unrolled.
+
+    A period is unrolled inside the scan so that "local" and "global" stay static there; layers left over after the last whole
+    period follow the scan.
+    """
+    if config.remat is not None:
+        policy = getattr(jax.checkpoint_policies, config.remat)
+        run = jax.checkpoint(run, policy=policy, static_argnums=(1,))
+    period = len(config.attention)
+
+    def unrolled(x, layers_and_cache, depth):
+        caches = []
+        for i, (block, layer_cache) in enumerate(unstack(layers_and_cache, depth)):
+            x, layer_cache = run(block, config.attention[i % period], x, layer_cache)
+            caches.append(layer_cache)
+        if caches[0] is None:
+            return x, None
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+
+    stacked = (layers, cache)
+    if not config.scan_layers:
+        return unrolled(x, stacked, config.depth)
+    whole = config.depth - config.depth % period
+    groups = jax.tree.map(
+        lambda leaf: leaf[:whole].reshape(whole // period, period, *leaf.shape[1:]), stacked
+    )
+    x, new = jax.lax.scan(lambda x, group: unrolled(x, group, period), x, groups)
+    new = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), new)
+    if whole < config.depth:
+        rest = jax.tree.map(lambda leaf: leaf[whole:], stacked)
+        x, tail = unrolled(x, rest, config.depth - whole)
+        new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, tail)
+    return x, new
