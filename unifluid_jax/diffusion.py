@@ -1,0 +1,492 @@
+"""Noise processes over image tokens as pure functions: losses, and samplers as one compiled loop.
+
+Two processes behind one interface: `DDPM`, MAR's, and `Flow`, flow matching. In both, time counts
+noise: t = 0 is the clean token and the last time is (nearly) pure noise. A network enters as
+`predict(x, t) -> out`, closed over its parameters and conditioning; t is in units of 0 .. 1000
+whatever the process (of a `DDPM`: steps of its chain). All arithmetic is in float32, constants are
+computed in float64.
+
+    process = process_from(**config.diffusion)
+    loss_N = process.loss(key, lambda x, t: head(x, t, z_ND), x_NC, draws=4)
+    sampler = sampler_from(process, steps=100)
+    x_NC = sampler(key_N, guided(lambda x, t: head(x, t, z_GND), guidance, C), C, temperature)
+
+A sampler is called per batch of rows, with a key per row: the noise of a row depends on its key
+alone, so that a picture does not depend on the batch around it. Guidance and temperature, scalars
+or one per row, are traced; the number of steps is static.
+
+Letters: N image tokens, any leading shape; C dims of an image token; R diffusion draws per token; S
+diffusion steps; G = 2 branches of guidance, conditional first; O outputs of the network, C or 2 C.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Real
+
+from unifluid_jax.errors import UserError
+
+Predict = Callable[[Array, Array], Array]
+Constant = np.ndarray | Array
+
+
+class Chain(NamedTuple):
+    """Constants of a chain of Gaussian noising steps: a table of [S] each, or those of given steps.
+
+    a is alpha-bar at a step, a' at the step before it, and b = 1 - a / a' (Ho et al. 2020).
+    """
+
+    time: Constant  # what the network is told: the step of the unrespaced chain
+    signal: Constant  # sqrt(a): x_t = signal * x + noise * e
+    noise: Constant  # sqrt(1 - a)
+    clean_from_noisy: Constant  # sqrt(1 / a): x = clean_from_noisy * x_t - clean_from_noise * e
+    clean_from_noise: Constant  # sqrt(1 / a - 1)
+    mean_from_clean: Constant  # mean of the posterior: mean_from_clean * x + mean_from_noisy * x_t
+    mean_from_noisy: Constant
+    log_min: (
+        Constant  # log of the posterior's variance, the least of a reverse step; at 0 that of 1
+    )
+    log_max: Constant  # log(b), the most
+    signal_before: Constant  # sqrt(a')
+    noise_before: Constant  # sqrt(1 - a')
+    stochastic: Constant  # 1, but 0 at step 0: the last step of sampling adds no noise
+
+
+class Process(abc.ABC):
+    """A way from tokens to noise, and what a network must learn to walk it back."""
+
+    @abc.abstractmethod
+    def outputs(self, token_dim: int) -> int:
+        """O, channels the network must return."""
+
+    @abc.abstractmethod
+    def times(self, key: jax.Array, shape: tuple[int, ...]) -> Real[Array, "..."]:
+        """Random times to train at."""
+
+    @abc.abstractmethod
+    def loss_at(
+        self,
+        predict: Predict,
+        x: Float[Array, "*N C"],
+        t: Real[Array, "*N"],
+        noise: Float[Array, "*N C"],
+    ) -> Float[Array, "*N"]:
+        """Loss per token at given `times` and noise, mean over dims."""
+
+    def loss(
+        self, key: jax.Array, predict: Predict, x_NC: Float[Array, "*N C"], draws: int
+    ) -> Float[Array, "*N"]:
+        """Loss per token, mean over dims and over `draws` independent times and noises.
+
+        `predict` is called once, on x_RNC and t_RN.
+        """
+        key_time, key_noise = jax.random.split(key)
+        t_RN = self.times(key_time, (draws, *x_NC.shape[:-1]))
+        noise_RNC = jax.random.normal(key_noise, (draws, *x_NC.shape))
+        x_RNC = jnp.broadcast_to(x_NC[None], noise_RNC.shape)
+        return self.loss_at(predict, x_RNC, t_RN, noise_RNC).mean(axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Process):
+    """MAR's process: cosine schedule, noise prediction, variance learned in its possible range.
+
+    The network returns C noise predictions and, with `learned_variance`, C variance logits v: the
+    log variance of a reverse step is interpolated between its bounds at (v + 1) / 2 (Nichol and
+    Dhariwal 2021). The squared error of the noise is 1 on average for a network that returns 0.
+
+    Attributes:
+        steps: length of the chain.
+        learned_variance: False takes the posterior's variance, the lower bound (our choice: few
+            steps want it small).
+        vlb_weight: weight of the variational term that trains the variance, without effect on the
+            predicted noise; 1 in MAR. 0 leaves the variance of a fresh network in the (geometric)
+            middle of its range.
+    """
+
+    steps: int = 1000
+    learned_variance: bool = True
+    vlb_weight: float = 1.0
+
+    def outputs(self, token_dim: int) -> int:
+        return 2 * token_dim if self.learned_variance else token_dim
+
+    def times(self, key: jax.Array, shape: tuple[int, ...]) -> Int[Array, "..."]:
+        """Steps of the chain, uniform."""
+        return jax.random.randint(key, shape, 0, self.steps)
+
+    def loss_at(
+        self,
+        predict: Predict,
+        x: Float[Array, "*N C"],
+        t: Int[Array, "*N"],
+        noise: Float[Array, "*N C"],
+    ) -> Float[Array, "*N"]:
+        constants = _table(self.steps, tuple(range(self.steps)))
+        chain = Chain(*(jnp.asarray(constant)[t][..., None] for constant in constants))
+        x = x.astype(jnp.float32)
+        noisy = chain.signal * x + chain.noise * noise
+        out = predict(noisy, chain.time[..., 0]).astype(jnp.float32)
+        loss = jnp.square(noise - out[..., : x.shape[-1]]).mean(axis=-1)
+        if self.learned_variance and self.vlb_weight:
+            loss += self.vlb_weight * self._vlb(chain, x, noisy, t, out)
+        return loss
+
+    def _vlb(self, chain: Chain, x: Array, noisy: Array, t: Array, out: Array) -> Array:
+        """The term of the variational bound at step t, bits per dim.
+
+        KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)), and at step 0 the decoder's likelihood. The
+        latter is MAR's, made for pixels in [-1, 1] with 256 levels; kept, for it is one draw in a
+        thousand. The gradient reaches the variance logits alone.
+        """
+        dim = x.shape[-1]
+        frozen = jax.lax.stop_gradient(out[..., :dim])
+        out = jnp.concatenate([frozen, out[..., dim:]], axis=-1)
+        mean, log_variance = self.reverse(chain, noisy, out)
+        true_mean = chain.mean_from_clean * x + chain.mean_from_noisy * noisy
+        kl = 0.5 * (
+            log_variance
+            - chain.log_min
+            - 1
+            + jnp.exp(chain.log_min - log_variance)
+            + jnp.square(true_mean - mean) * jnp.exp(-log_variance)
+        )
+        nats = jnp.where(t[..., None] == 0, _pixel_nll(x, mean, log_variance), kl)
+        return nats.mean(axis=-1) / math.log(2)
+
+    def reverse(
+        self, chain: Chain, x: Array, out: Array, clip: float | None = None
+    ) -> tuple[Array, Array]:
+        """Mean and log variance of p(x_{t-1} | x_t) from the network's output."""
+        dim = x.shape[-1]
+        clean, _ = self.denoise(chain, x, out, clip)
+        mean = chain.mean_from_clean * clean + chain.mean_from_noisy * x
+        if not self.learned_variance:
+            return mean, jnp.broadcast_to(chain.log_min, mean.shape)
+        fraction = (out[..., dim:] + 1) / 2
+        return mean, fraction * chain.log_max + (1 - fraction) * chain.log_min
+
+    def denoise(
+        self, chain: Chain, x: Array, out: Array, clip: float | None
+    ) -> tuple[Array, Array]:
+        """The clean token and the noise the network believes in; together they make x_t."""
+        noise = out[..., : x.shape[-1]].astype(jnp.float32)
+        clean = chain.clean_from_noisy * x - chain.clean_from_noise * noise
+        if clip is None:
+            return clean, noise
+        clean = jnp.clip(clean, -clip, clip)
+        return clean, (chain.clean_from_noisy * x - clean) / chain.clean_from_noise
+
+    def chain(self, steps: int) -> Chain:
+        """Constants of the chain respaced to `steps`, float32 arrays of [S]."""
+        return _table(self.steps, tuple(respaced(self.steps, steps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow(Process):
+    """Flow matching on straight lines: x_t = (1 - t) x + t noise (rectified flow).
+
+    The network predicts the velocity noise - x. The loss of a network that returns 0 is 1 + E[x^2],
+    2 for normalised tokens. The network is told 1000 t.
+
+    Attributes:
+        logit_mean: mean of logit(t) in training; positive values train more on noisy tokens.
+        logit_std: its standard deviation.
+    """
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+
+    def outputs(self, token_dim: int) -> int:
+        return token_dim
+
+    def times(self, key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Times in (0, 1), logit-normal."""
+        return jax.nn.sigmoid(self.logit_mean + self.logit_std * jax.random.normal(key, shape))
+
+    def loss_at(
+        self,
+        predict: Predict,
+        x: Float[Array, "*N C"],
+        t: Float[Array, "*N"],
+        noise: Float[Array, "*N C"],
+    ) -> Float[Array, "*N"]:
+        x = x.astype(jnp.float32)
+        noisy = (1 - t[..., None]) * x + t[..., None] * noise
+        out = predict(noisy, 1000 * t).astype(jnp.float32)
+        return jnp.square(noise - x - out).mean(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestral:
+    """DDPM's own sampler, as in MAR: draws from p(x_{t-1} | x_t) down the respaced chain.
+
+    Temperature multiplies the noise injected at the steps, not the initial noise: 0 still varies
+    with the key.
+
+    Attributes:
+        steps: S.
+        clip: bound on the predicted clean token; None in MAR. The first step multiplies the error
+            of the predicted noise by 1 / sqrt(alpha-bar) = 2e4, which takes a long training to
+            bear: a head of 600 steps made samples of standard deviation 1000 without a bound,
+            and right ones with a bound of 3 to 5 standard deviations of the tokens.
+    """
+
+    process: DDPM
+    steps: int = 100
+    clip: float | None = None
+
+    def __call__(
+        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+    ) -> Float[Array, "*N C"]:
+        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
+        scale = _per_row(temperature)
+
+        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
+            out = predict(x, chain.time).astype(jnp.float32)
+            mean, log_variance = self.process.reverse(chain, x, out, self.clip)
+            return mean + chain.stochastic * scale * jnp.exp(0.5 * log_variance) * draw()
+
+        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIM:
+    """Song et al. 2021: from the chain's deterministic twin (eta 0) to itself (eta 1).
+
+    For few steps. Temperature as in `Ancestral`: at eta 0 there is nothing for it to scale. Learned
+    variances are not used.
+
+    Attributes:
+        steps: S.
+        eta: fraction of the posterior's standard deviation that is injected as noise.
+        clip: as in `Ancestral`.
+    """
+
+    process: DDPM
+    steps: int = 50
+    eta: float = 0.0
+    clip: float | None = None
+
+    def __call__(
+        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+    ) -> Float[Array, "*N C"]:
+        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
+        scale = _per_row(temperature)
+
+        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
+            clean, noise = self.process.denoise(chain, x, predict(x, chain.time), self.clip)
+            if self.eta == 0:
+                return chain.signal_before * clean + chain.noise_before * noise
+            sigma = self.eta * chain.stochastic * jnp.exp(0.5 * chain.log_min)
+            kept = jnp.sqrt(jnp.maximum(jnp.square(chain.noise_before) - jnp.square(sigma), 0))
+            return chain.signal_before * clean + kept * noise + scale * sigma * draw()
+
+        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Euler:
+    """Euler's method on a flow, in equal steps from t = 1 to 0.
+
+    The only noise is the initial one, so that is what the temperature multiplies (our choice): at 0
+    the key has no effect.
+    """
+
+    process: Flow
+    steps: int = 25
+
+    def __call__(
+        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+    ) -> Float[Array, "*N C"]:
+        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
+        if self.steps < 1:
+            raise UserError(f"{self.steps} sampling steps: set 1 or more")
+        times = (np.arange(1, self.steps + 1) / self.steps).astype(np.float32)
+
+        def step(x: Array, t: Array, draw: Callable[[], Array]) -> Array:
+            del draw
+            return x - predict(x, 1000 * t).astype(jnp.float32) / self.steps
+
+        return _descend(step, key_N, _per_row(temperature) * _first(key_N, dim), times)
+
+
+Sampler = Ancestral | DDIM | Euler
+
+_PROCESSES = {"ddpm": DDPM, "flow": Flow}
+# The first sampler of a process is its default.
+_SAMPLERS = {DDPM: {"ddpm": Ancestral, "ddim": DDIM}, Flow: {"euler": Euler}}
+
+
+def process_from(process: str = "ddpm", **fields: Any) -> Process:
+    """The process called "ddpm" or "flow" with these fields.
+
+    Raises:
+        UserError: no process has this name, or it has no such field.
+    """
+    return _construct("diffusion process", _PROCESSES, process, fields)
+
+
+def sampler_from(process: Process, name: str | None = None, **fields: Any) -> Sampler:
+    """The sampler called "ddpm" (default) or "ddim" of a `DDPM`, "euler" of a `Flow`.
+
+    Raises:
+        UserError: the process has no sampler of this name, or the sampler no such field.
+    """
+    samplers = _SAMPLERS[type(process)]
+    name = name or next(iter(samplers))
+    return _construct("sampler", samplers, name, fields, process=process)
+
+
+def _construct(
+    kind: str, known: dict[str, type], name: str, fields: dict[str, Any], **fixed: Any
+) -> Any:
+    if name not in known:
+        raise UserError(f"no {kind} called {name!r} here: choose one of {', '.join(known)}")
+    allowed = [f.name for f in dataclasses.fields(known[name]) if f.name not in fixed]
+    if unknown := sorted(set(fields) - set(allowed)):
+        raise UserError(
+            f"{kind} {name!r} has no option {', '.join(unknown)}: it has {', '.join(allowed)}"
+        )
+    return known[name](**fixed, **fields)
+
+
+def guided(predict: Predict, guidance: ArrayLike, dim: int) -> Predict:
+    """Classifier-free guidance: out = u + w (c - u) on the first `dim` outputs.
+
+    Both branches see the same x_t. Variance logits, where there are any, stay those of the
+    conditional branch (MAR).
+
+    Args:
+        predict: called once, on x_1NC and t; returns out_GNO, conditional branch first.
+        guidance: w, scalar or of shape [*N], traced. 1 is the conditional branch alone, at the
+            price of both.
+    """
+    scale = _per_row(guidance)
+
+    def combined(x_NC: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_NC[None], t)
+        c, u = conditional[..., :dim], unconditional[..., :dim]
+        return jnp.concatenate([u + scale * (c - u), conditional[..., dim:]], axis=-1)
+
+    return combined
+
+
+def guidance_at(schedule: str, guidance: ArrayLike, fraction: ArrayLike) -> Array:
+    """Guidance while an image is being made.
+
+    Args:
+        schedule: "constant", or "linear": 1 + (w - 1) fraction (MAR).
+        guidance: w, reached at the last token.
+        fraction: of the image's tokens, those done once the present one is: (i + 1) / N for the
+            i-th, as in MAR.
+
+    Raises:
+        UserError: no schedule has this name.
+    """
+    guidance, fraction = jnp.asarray(guidance), jnp.asarray(fraction)
+    if schedule == "constant":
+        return guidance
+    if schedule == "linear":
+        return 1 + (guidance - 1) * fraction
+    raise UserError(f"no guidance schedule called {schedule!r}: choose constant or linear")
+
+
+def cosine_betas(steps: int) -> Float[np.ndarray, " T"]:
+    """Variances of noising steps, alpha-bar cos^2((t + 0.008) / 1.008 * pi / 2), at most 0.999."""
+    edges = np.arange(steps + 1) / steps
+    alpha_bar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def respaced(steps: int, count: int) -> list[int]:
+    """`count` evenly spaced steps of a chain, first and last included, as guided-diffusion.
+
+    Raises:
+        UserError: fewer than 2, or more than there are.
+    """
+    if not 2 <= count <= steps:
+        raise UserError(f"{count} sampling steps of a chain of {steps}: set 2 to {steps}")
+    stride, at, indices = (steps - 1) / (count - 1), 0.0, []
+    for _ in range(count):
+        indices.append(round(at))
+        at += stride  # added up, not multiplied: the reference's rounding
+    return indices
+
+
+@functools.lru_cache
+def _table(steps: int, indices: tuple[int, ...]) -> Chain:
+    """Constants [S] of the chain that visits only `indices`: float64 arithmetic, float32 out."""
+    after = np.cumprod(1 - cosine_betas(steps))[list(indices)]
+    before = np.append(1.0, after[:-1])
+    beta = 1 - after / before
+    variance = beta * (1 - before) / (1 - after)
+    chain = Chain(
+        time=np.asarray(indices),
+        signal=np.sqrt(after),
+        noise=np.sqrt(1 - after),
+        clean_from_noisy=np.sqrt(1 / after),
+        clean_from_noise=np.sqrt(1 / after - 1),
+        mean_from_clean=beta * np.sqrt(before) / (1 - after),
+        mean_from_noisy=(1 - before) * np.sqrt(1 - beta) / (1 - after),
+        log_min=np.log(np.append(variance[1], variance[1:])),
+        log_max=np.log(beta),
+        signal_before=np.sqrt(before),
+        noise_before=np.sqrt(1 - before),
+        stochastic=np.arange(len(indices)) > 0,
+    )
+    return Chain(*(constant.astype(np.float32) for constant in chain))
+
+
+def _descend(
+    step: Callable[[Array, Any, Callable[[], Array]], Array], key: Array, x: Array, constants: Any
+) -> Array:
+    """Runs `step` over the [S] constants from the last to the first.
+
+    `step` may draw noise. Step s of row n draws from key n folded with s + 1 (0 is the initial
+    noise).
+    """
+    count = len(jax.tree.leaves(constants)[0])
+
+    def body(x: Array, inputs: tuple[Array, Any]) -> tuple[Array, None]:
+        index, constant = inputs
+        return step(x, constant, lambda: _row_noise(key, index + 1, x.shape[-1])), None
+
+    return jax.lax.scan(body, x, (jnp.arange(count), constants), reverse=True)[0]
+
+
+def _first(key: Array, dim: int) -> Array:
+    return _row_noise(key, 0, dim)
+
+
+def _row_noise(key: Array, index: ArrayLike, dim: int) -> Array:
+    """Standard normal [*N, C] from a key per row and the index of a draw."""
+    draw = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), (dim,)))
+    return draw(key.reshape(-1)).reshape(*key.shape, dim)
+
+
+def _per_row(value: ArrayLike) -> Array:
+    """A scalar, or a value per row made to broadcast over the row's dims."""
+    value = jnp.asarray(value, jnp.float32)
+    return value[..., None] if value.ndim else value
+
+
+def _pixel_nll(x: Array, mean: Array, log_variance: Array) -> Array:
+    """-log of a Gaussian's mass in the bin x +- 1/255, nats; bins at -1 and 1 are open (MAR)."""
+
+    def cdf(value: Array) -> Array:  # the reference's approximation, not erf
+        return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
+
+    inverse = jnp.exp(-0.5 * log_variance)
+    above = cdf(inverse * (x - mean + 1 / 255))
+    below = cdf(inverse * (x - mean - 1 / 255))
+    mass = jnp.where(x < -0.999, above, jnp.where(x > 0.999, 1 - below, above - below))
+    return -jnp.log(jnp.maximum(mass, 1e-12))
