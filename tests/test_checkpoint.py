@@ -1,0 +1,373 @@
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from unifluid_jax import checkpoint, config, trees
+from unifluid_jax.checkpoint import Checkpointer
+from unifluid_jax.errors import UserError
+
+META = {"config": {"model": {"width": 8}, "betas": [0.9, 0.95]}}
+
+
+def make_state(value: float = 0.0):
+    """A train state with everything that bends checkpoints: masked moments, scalars, bfloat16."""
+    params = {
+        "backbone": {"w": jnp.arange(64.0).reshape(8, 8) + value, "b": jnp.full(8, value)},
+        "head": {"w": jnp.full((8, 16), value, jnp.bfloat16)},
+    }
+    train = {"backbone": {"w": True, "b": True}, "head": {"w": False}}
+    return {
+        "step": jnp.asarray(7, jnp.int32),
+        "params": params,
+        "ema": jax.tree.map(lambda x: x + 1, params),
+        "opt_state": optax.masked(optax.adam(1e-3), train).init(params),
+    }
+
+
+def place(tree, devices: int, axis: str = "fsdp"):
+    """Abstract leaves, matrices cut over so many devices."""
+    mesh = jax.make_mesh(
+        (devices,), (axis,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+    def leaf(x):
+        spec = jax.P(axis) if x.ndim == 2 else jax.P()
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree)
+
+
+def put(tree, abstract):
+    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, abstract)
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        checkpointer.save(7, make_state(), {"next": 70}, META)
+    return tmp_path
+
+
+def test_a_step_comes_back_as_it_was(saved):
+    with Checkpointer(saved, keep=3) as checkpointer:
+        assert checkpointer.latest_step() == 7
+        restored = checkpointer.restore(place(make_state(), 1))
+    assert_equal(restored.state, make_state())
+    assert (restored.step, restored.iterator, restored.meta) == (7, {"next": 70}, META)
+
+
+def test_restore_onto_other_meshes(tmp_path):
+    """8 -> 4 -> 1 -> 8 devices, each restoring what the one before saved."""
+    state = make_state(0.5)
+    previous = put(state, place(state, 8))
+    for i, devices in enumerate([4, 1, 8]):
+        with Checkpointer(tmp_path / str(i), keep=1) as checkpointer:
+            checkpointer.save(1, previous, None, {})
+            abstract = place(state, devices)
+            previous = checkpointer.restore(abstract).state
+        assert_equal(previous, state)
+        for leaf, want in zip(jax.tree.leaves(previous), jax.tree.leaves(abstract), strict=True):
+            assert leaf.sharding == want.sharding
+
+
+def test_the_saved_state_may_be_donated_at_once(tmp_path):
+    add = jax.jit(lambda x: jax.tree.map(lambda a: a + 1, x), donate_argnums=0)
+    state = {"w": jnp.zeros(1 << 22)}
+    with Checkpointer(tmp_path, keep=10) as checkpointer, jax.transfer_guard("disallow"):
+        for step in range(4):
+            checkpointer.save(step, state, None, {})
+            state = add(add(state))
+        for step in range(4):
+            read = checkpointer.restore(place(state, 1), step).state["w"]
+            assert np.unique(read) == [2 * step]
+
+
+def test_only_the_last_steps_stay_and_none_is_saved_twice(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        assert checkpointer.latest_step() is None
+        for step in (1, 2, 3):
+            checkpointer.save(step, {"w": jnp.full(2, step)}, step, {})
+        checkpointer.save(3, {"w": jnp.zeros(2)}, 0, {})
+        checkpointer.wait()
+        abstract = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
+        np.testing.assert_array_equal(checkpointer.restore(abstract).state["w"], 3)
+        np.testing.assert_array_equal(checkpointer.restore(abstract, 2).state["w"], 2)
+        with pytest.raises(UserError, match="no checkpoint of step 1 in .*: it has 2, 3"):
+            checkpointer.restore(abstract, 1)
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/7"])
+def test_parameters_alone_for_inference(saved, which, below):
+    params = make_state()["params"]
+    abstract = jax.eval_shape(lambda: params)
+    read = checkpoint.restore_params(saved / below, abstract, which)
+    assert_equal(read, make_state()[which])
+    assert read["backbone"]["w"].devices() == {jax.devices()[0]}
+    assert checkpoint.stored_meta(saved / below) == META
+    assert checkpoint.stored_config(saved / below).model.width == 8
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
+def test_parameters_alone_read_only_their_own_bytes(tmp_path):
+    noise = jax.random.normal(jax.random.key(0), (3, 1 << 18))  # 3 x 1 MiB; does not compress
+    state = {"ema": {"w": noise[0]}, "params": {"w": noise[1]}, "opt_state": {"w": noise[2]}}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, None, META)
+    before = _bytes_read()
+    read = checkpoint.restore_params(tmp_path, jax.eval_shape(lambda: state["ema"]), "ema")
+    assert_equal(read, state["ema"])
+    assert 0.9 * 2**20 < _bytes_read() - before < 1.2 * 2**20
+    with pytest.raises(UserError, match='has no "raw": it has ema, opt_state, params'):
+        checkpoint.restore_params(tmp_path, jax.eval_shape(lambda: state["ema"]), "raw")
+
+
+def _bytes_read() -> int:
+    with open("/proc/self/io") as stream:
+        return int(stream.read().split("rchar:")[1].split()[0])
+
+
+def change(tree, name, leaf):
+    """The abstract tree with one leaf replaced, or without it for None."""
+    keys = name.split("/")
+    copy = jax.tree.map(lambda x: x, tree)
+    node = copy
+    for key in keys[:-1]:
+        node = node[key]
+    if leaf is None:
+        del node[keys[-1]]
+    else:
+        node[keys[-1]] = jax.ShapeDtypeStruct(*leaf)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf", "message"),
+    [
+        (
+            "params/backbone/w",
+            ((8, 4), jnp.float32),
+            r"params/backbone/w is float32\[8, 8\], wanted float32\[8, 4\]$",
+        ),
+        (
+            "ema/head/w",
+            ((8, 16), jnp.float32),
+            r"ema/head/w is bfloat16\[8, 16\], wanted float32\[8, 16\]$",
+        ),
+        (
+            "params/backbone/new",
+            ((3,), jnp.float32),
+            r"params/backbone/new float32\[3\] is missing$",
+        ),
+        ("params/backbone/b", None, r"params/backbone/b float32\[8\] is not part of this model$"),
+        ("ema", None, r"ema/backbone/b .* not part .*; ema/head/w"),
+        ("extra", ((3,), jnp.float32), r'has no "extra": it has ema, opt_state, params, step$'),
+    ],
+)
+def test_a_leaf_that_does_not_fit_is_named(saved, name, leaf, message):
+    abstract = change(place(make_state(), 1), name, leaf)
+    with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(UserError, match=message):
+        checkpointer.restore(abstract)
+
+
+def test_many_leaves_that_do_not_fit_are_counted(saved):
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), place(make_state(), 1)
+    )
+    count = len(trees.flatten(abstract))
+    with (
+        Checkpointer(saved, keep=3) as checkpointer,
+        pytest.raises(UserError, match=f"; and {count - 5} more$"),
+    ):
+        checkpointer.restore(abstract)
+
+
+def test_a_place_without_checkpoints_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"no checkpoint in {path}"):
+            checkpoint.stored_meta(path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoint.stored_config(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write checkpoints to .*: Not a dir"):
+        Checkpointer(tmp_path / "file", keep=1)
+
+
+@pytest.mark.parametrize("victim", ["meta/metadata", "iterator/metadata", "state/_METADATA"])
+@pytest.mark.parametrize("damage", ["delete", "truncate"])
+def test_a_damaged_checkpoint_is_named(saved, victim, damage):
+    path = saved / "checkpoints" / "7" / victim
+    if damage == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:10])
+    with (
+        Checkpointer(saved, keep=3) as checkpointer,
+        pytest.raises(UserError, match="checkpoints/7 is damaged") as error,
+    ):
+        checkpointer.restore(place(make_state(), 1))
+    assert "\n" not in str(error.value)
+
+
+def test_array_data_that_is_gone_is_named(saved):
+    for folder in (saved / "checkpoints" / "7" / "state").glob("**/d"):
+        shutil.rmtree(folder)
+    with (
+        Checkpointer(saved, keep=3) as checkpointer,
+        pytest.raises(UserError, match="checkpoints/7 is damaged"),
+    ):
+        checkpointer.restore(place(make_state(), 1))
+
+
+KILLED = """
+import os, sys
+import jax.numpy as jnp
+from unifluid_jax.checkpoint import Checkpointer
+checkpointer = Checkpointer(sys.argv[1], keep=3)
+state = {"w": jnp.zeros(1 << 25)}
+checkpointer.save(1, state, None, {})
+checkpointer.wait()
+print("saved", flush=True)
+while True:
+    checkpointer.save(2, state, None, {})
+"""
+
+
+def test_a_process_killed_while_saving_leaves_the_last_good_step(tmp_path, caplog):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout.readline() == b"saved\n"
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    while not unfinished.exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert unfinished.exists()
+    assert checkpoint.stored_meta(tmp_path) == {}
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        read = checkpointer.restore({"w": jax.ShapeDtypeStruct((1 << 25,), jnp.float32)})
+    assert not np.any(read.state["w"])
+    assert not unfinished.exists()
+    assert "removing the unfinished checkpoint" in caplog.text
+
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+process, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+from unifluid_jax.checkpoint import Checkpointer
+mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+where = jax.NamedSharding(mesh, jax.P("fsdp"))
+mine = np.full((1, 4), process, np.float32)
+state = {"w": jax.make_array_from_process_local_data(where, mine)}
+abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=where)}
+iterator = {"next": "x" * 3**process}
+with Checkpointer(workdir, keep=1) as checkpointer:
+    checkpointer.save(1, state, iterator, {})
+    restored = checkpointer.restore(abstract)
+assert restored.iterator == iterator
+assert np.array_equal(restored.state["w"].addressable_shards[0].data, mine)
+"""
+
+
+def test_two_processes_save_one_step_and_each_its_own_iterator(tmp_path):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = str(server.getsockname()[1])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(i), port, str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+    # One process can read the arrays, but not go on with the input of two.
+    abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    with (
+        Checkpointer(tmp_path, keep=1) as checkpointer,
+        pytest.raises(UserError, match="input state of 2 processes, this run has 1"),
+    ):
+        checkpointer.restore(abstract)
+    read = checkpoint.restore_params(tmp_path, abstract["w"], "w")
+    np.testing.assert_array_equal(read[:, 0], [0, 1])
+
+
+def run_config(**changes) -> ConfigDict:
+    result = ConfigDict(
+        {
+            "seed": 0,
+            "model": {"width": 8, "layers": 2},
+            "train": {"steps": 10, "log_every": 1},
+            "evals": {"vqa": {"every": 5}},
+            "betas": (0.9, 0.95),
+        }
+    )
+    result.update_from_flattened_dict(changes)
+    return result.lock()
+
+
+def test_the_same_run_may_go_on_for_longer():
+    saved = config.to_json(run_config())
+    checkpoint.check_same_run(saved, run_config())
+    checkpoint.check_same_run(
+        saved, run_config(**{"train.steps": 20, "train.log_every": 5, "evals.vqa.every": 1})
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 16}, "another run: model.width was 8, now 16; take another --workdir$"),
+        ({"model.width": 16, "seed": 1}, "seed was 0, now 1; model.width was 8, now 16"),
+        ({"betas": (0.9, 0.99)}, r"betas was \[0.9, 0.95\], now \[0.9, 0.99\]"),
+    ],
+)
+def test_another_run_is_named_by_its_differences(changes, message):
+    with pytest.raises(UserError, match="the workdir holds") as error:
+        checkpoint.check_same_run(config.to_json(run_config()), run_config(**changes))
+    for part in message.split("; "):
+        assert error.match(part)
+
+
+def test_a_new_field_makes_another_run_too():
+    saved = config.to_json(run_config())
+    del saved["model"]["layers"]
+    with pytest.raises(UserError, match="model.layers was '.absent.', now 2"):
+        checkpoint.check_same_run(saved, run_config())

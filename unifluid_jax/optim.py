@@ -1,0 +1,161 @@
+"""AdamW, its schedule, and the average of the weights; who decays or is frozen is said by rules.
+
+UniFluid is known to train with AdamW at 1e-4; everything else here is our choice.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from unifluid_jax import trees
+from unifluid_jax.errors import UserError, nearest
+
+Tree = Any
+
+
+def schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, constant, decay over the last steps of the run.
+
+    Args:
+        config: `lr`; `warmup_steps` (step 0 already moves, with lr / warmup_steps); `decay`, one of
+            "none", "linear", "cosine" and "sqrt" (1 - sqrt, the cool-down of Hagele et al. 2024);
+            `decay_steps`, how many steps it takes, -1 for all after the warm-up; `end_scale`, the
+            final rate as a share of `lr`.
+        total_steps: steps of the run.
+
+    Raises:
+        UserError: an unknown decay, or a warm-up and a decay that do not fit into the run.
+    """
+    warmup, length = config.warmup_steps, config.decay_steps
+    length = total_steps - warmup if length == -1 else length
+    end = config.lr * config.end_scale
+    decays: dict[str, Callable[[], optax.Schedule]] = {
+        "none": lambda: optax.constant_schedule(config.lr),
+        "linear": lambda: optax.linear_schedule(config.lr, end, length),
+        "cosine": lambda: optax.cosine_decay_schedule(config.lr, length, alpha=config.end_scale),
+        "sqrt": lambda: _sqrt_schedule(config.lr, end, length),
+    }
+    if config.decay not in decays:
+        hint = nearest(config.decay, decays)
+        raise UserError(f'config.optim.decay "{config.decay}" is unknown{hint}')
+    if config.decay == "none":
+        length = 0
+    elif length < 1:
+        raise UserError(
+            f"config.optim.decay_steps must be at least 1, or -1 for all {total_steps} steps "
+            f"after a warm-up of {warmup}; got {config.decay_steps}"
+        )
+    if warmup < 0 or warmup + length > total_steps:
+        raise UserError(
+            f"config.optim: {warmup} warm-up and {length} decay steps do not fit into a run of "
+            f"{total_steps} steps"
+        )
+    return optax.join_schedules(
+        [
+            lambda step: config.lr * (step + 1) / max(warmup, 1),
+            optax.constant_schedule(config.lr),
+            decays[config.decay](),
+        ],
+        boundaries=[warmup, total_steps - length],
+    )
+
+
+def _sqrt_schedule(start: float, end: float, steps: int) -> optax.Schedule:
+    def rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        return end + (start - end) * (1 - jnp.sqrt(jnp.clip(step / steps, 0, 1)))
+
+    return rate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What `config.optim.rules` may say of a parameter, and what holds where they say nothing.
+
+    Attributes:
+        decay: multiplies the weight decay.
+        lr_scale: multiplies the learning rate.
+        freeze: the parameter never changes and has no optimizer state.
+    """
+
+    decay: float = 1.0
+    lr_scale: float = 1.0
+    freeze: bool = False
+
+
+def _match(config: ConfigDict, params: Tree) -> Tree:
+    """The `_Rule` of every parameter."""
+    known = [field.name for field in dataclasses.fields(_Rule)]
+    rules = []
+    for pattern, options in config.rules:
+        for name in options:
+            if name not in known:
+                raise UserError(
+                    f'config.optim.rules: "{name}" of "{pattern}" is unknown{nearest(name, known)}'
+                )
+        rules.append((pattern, _Rule(**options)))
+    return trees.match_rules(rules, params, "config.optim.rules")
+
+
+def frozen(config: ConfigDict, params: Tree) -> Tree:
+    """A tree of bools: which parameters the rules freeze. Their gradients need not be computed."""
+    return jax.tree.map(lambda rule: rule.freeze, _match(config, params))
+
+
+def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTransformation:
+    """Clipping, AdamW, schedule.
+
+    Args:
+        config: what `schedule` reads; `b1`, `b2`, `eps`; `clip`, the largest global norm of the
+            gradients of all that is not frozen, 0 for no limit; `weight_decay`; `mu_dtype`, the
+            dtype of the first moment; `rules`, (regex, options) pairs over the parameters' paths,
+            first match wins, see `_Rule`.
+        params: the parameters, abstract or not.
+        total_steps: steps of the run.
+
+    Raises:
+        UserError: a parameter without a rule, a rule without a parameter, an unknown option, an
+            impossible schedule.
+    """
+    rules = _match(config, params)
+    freeze = jax.tree.map(lambda rule: rule.freeze, rules)
+    train = jax.tree.map(lambda rule: not rule.freeze, rules)
+
+    def decay_and_scale(updates: Tree, params: Tree) -> Tree:
+        def leaf(rule: _Rule, update: jax.Array, param: jax.Array) -> jax.Array:
+            if rule.freeze:
+                return update
+            return (update + config.weight_decay * rule.decay * param) * rule.lr_scale
+
+        return jax.tree.map(leaf, rules, updates, params)
+
+    return optax.chain(
+        # First, so that neither the norm nor the weights see a frozen parameter's gradient.
+        optax.masked(optax.set_to_zero(), freeze),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.masked(
+            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype), train
+        ),
+        optax.stateless(decay_and_scale),
+        optax.scale_by_learning_rate(schedule(config, total_steps)),
+    )
+
+
+def ema_update(
+    ema: Tree, params: Tree, step: Int[Array, ""] | int, decay: float, warmup: bool
+) -> Tree:
+    """Moves the average of the weights: `decay * ema + (1 - decay) * params`.
+
+    Args:
+        step: steps done before this one.
+        warmup: use min(decay, (1 + step) / (10 + step)), so that the average of a short run does
+            not remember its initialisation (TensorFlow's ExponentialMovingAverage).
+    """
+    if warmup:
+        decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return optax.incremental_update(params, ema, 1 - decay)
