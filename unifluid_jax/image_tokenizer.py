@@ -1,6 +1,7 @@
-"""The trained image tokenizer as files: a KL autoencoder, what its latents look like, and where it came from.
+"""The trained image tokenizer as files.
 
-A directory holds `config.json` (architecture, per-channel mean and standard deviation of the latents, provenance) and
+A KL autoencoder, what its latents look like, and where it came from. A directory holds
+`config.json` (architecture, per-channel mean and standard deviation of the latents, provenance) and
 `weights.safetensors` (parameters by path, 'encoder/conv_in/kernel', float16 or float32).
 """
 
@@ -29,10 +30,13 @@ CONFIG, WEIGHTS = "config.json", "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class ImageTokenizer:
-    """Pictures to raw posterior moments and raw tokens to pictures, jitted, in chunks of `batch` pictures.
+    """Pictures to raw posterior moments and raw tokens to pictures.
 
-    Raw means as the autoencoder gives them; the model works on `(x - channel_mean) / channel_std`, which keeps the diffusion
-    head's input at unit variance whatever autoencoder is used (as NextStep-1 does; SD has one scalar, 0.18215, for it).
+    Jitted, in chunks of `batch` pictures.
+
+    Raw means as the autoencoder gives them; the model works on `(x - channel_mean) / channel_std`,
+    which keeps the diffusion head's input at unit variance whatever autoencoder is used (as
+    NextStep-1 does; SD has one scalar, 0.18215, for it).
 
     Attributes:
         channel_mean, channel_std: [C], over training pictures.
@@ -59,7 +63,8 @@ class ImageTokenizer:
         size = self.config.image_size
         if images.shape[1:3] != (size, size):
             raise UserError(
-                f"the image tokenizer reads {size} x {size} pictures, got {images.shape[1]} x {images.shape[2]}: resize them first"
+                f"the image tokenizer reads {size} x {size} pictures, "
+                f"got {images.shape[1]} x {images.shape[2]}: resize them first"
             )
         return _in_chunks(functools.partial(_encode, self.config, self.params), images, self.batch)
 
@@ -95,7 +100,10 @@ def to_bytes(pixels: jax.Array) -> jax.Array:
 
 
 def _in_chunks(function, x: np.ndarray, size: int):
-    """`function` over the leading axis in chunks of one size, the last one filled up: one compilation for any number."""
+    """`function` over the leading axis in chunks of one size.
+
+    The last one is filled up: one compilation for any number.
+    """
     padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
     chunks = [
         jax.device_get(function(jax.device_put(padded[i : i + size])))
@@ -116,22 +124,28 @@ def load(path: str | os.PathLike) -> ImageTokenizer:
         weights = load_file(path / WEIGHTS)
     except FileNotFoundError as error:
         raise UserError(
-            f"no image tokenizer at {path}: {Path(error.filename or path / WEIGHTS).name} is missing; "
+            f"no image tokenizer at {path}: "
+            f"{Path(error.filename or path / WEIGHTS).name} is missing; "
             "train one with experiments/tokenizer_small.py and export it with `unifluid tokenizer`"
         ) from None
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"the image tokenizer at {path} is damaged ({error}): fetch or export it anew") from None
+        raise UserError(
+            f"the image tokenizer at {path} is damaged ({error}): fetch or export it anew"
+        ) from None
     vae = info["vae"]
     config = VaeConfig(**{**vae, "multipliers": tuple(vae["multipliers"])})
     abstract = jax.eval_shape(module(config).init, jax.random.key(0))
     wanted = trees.flatten(abstract)
     for name in sorted(wanted.keys() ^ weights.keys()):
         state = "missing from" if name in wanted else "unknown in"
-        raise UserError(f"tensor {name} is {state} {path / WEIGHTS}: config and weights do not belong together")
+        raise UserError(
+            f"tensor {name} is {state} {path / WEIGHTS}: config and weights do not belong together"
+        )
     for name, leaf in wanted.items():
         if weights[name].shape != leaf.shape:
             raise UserError(
-                f"tensor {name} of {path / WEIGHTS} has shape {weights[name].shape}, the config says {leaf.shape}"
+                f"tensor {name} of {path / WEIGHTS} has shape {weights[name].shape}, "
+                f"the config says {leaf.shape}"
             )
     # Flattened in the tree's own order, so the leaves fit back by position.
     params = jax.tree.unflatten(
@@ -169,7 +183,9 @@ def save(
     (path / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def psnr(a: UInt8[np.ndarray, "B H W 3"], b: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B"]:
+def psnr(
+    a: UInt8[np.ndarray, "B H W 3"], b: UInt8[np.ndarray, "B H W 3"]
+) -> Float[np.ndarray, "B"]:
     """Peak signal-to-noise ratio of each picture pair, dB; equal pictures count as 100 dB."""
     error = np.square(a.astype(np.float64) - b.astype(np.float64)).mean((1, 2, 3))
     return np.minimum(10.0 * np.log10(255.0**2 / np.maximum(error, 1e-12)), 100.0)

@@ -1,7 +1,7 @@
 """The two losses and their balance: `L = L_visual + lambda * L_text` (UniFluid).
 
-Every mean is per modality, over supervised text tokens or image tokens of the whole batch, so that lambda does not depend on the
-mixing ratio (the reductions are our choice).
+Every mean is per modality, over supervised text tokens or image tokens of the whole batch, so that
+lambda does not depend on the mixing ratio (the reductions are our choice).
 """
 
 import jax
@@ -17,8 +17,9 @@ from unifluid_jax.sequence import slots
 def totals(batch: dict[str, jax.Array]) -> dict[str, Float[Array, ""]]:
     """Weights of all targets of a batch, by modality: what sums of losses are divided by.
 
-    Taken over the whole batch before it is cut for gradient accumulation, so that the parts add up to exactly the big batch's
-    loss; at least a tiny number, so that a batch without one modality has loss zero there.
+    Taken over the whole batch before it is cut for gradient accumulation, so that the parts add up
+    to exactly the big batch's loss; at least a tiny number, so that a batch without one modality
+    has loss zero there.
     """
     return {
         "text": jnp.maximum(batch["text_weight"].sum(), 1e-8),
@@ -26,9 +27,7 @@ def totals(batch: dict[str, jax.Array]) -> dict[str, Float[Array, ""]]:
     }
 
 
-def cross_entropy(
-    logits: Float[Array, "*S V"], target: Int[Array, "*S"]
-) -> Float[Array, "*S"]:
+def cross_entropy(logits: Float[Array, "*S V"], target: Int[Array, "*S"]) -> Float[Array, "*S"]:
     """Cross-entropy of one target each, in nats."""
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
@@ -53,13 +52,15 @@ def unified(
         batch: a packed batch as the input pipeline makes it, or some rows of one.
         key_B: a key for each row, so that a row's noise does not depend on the rows beside it.
         total: `totals` of the whole batch.
-        text_slots, image_slots: supervised positions of each kind that a row has at most (packing sees to it).
+        text_slots, image_slots: supervised positions of each kind that a row has at most (packing
+            sees to it).
         text_weight: lambda.
         draws: R, pairs of (t, noise) for each image token and pass of the backbone (MAR: 4).
 
     Returns:
-        The loss, and scalars, all of which add up over the parts of a batch: `loss`, `loss_text` (nats a token), `loss_visual` (squared error per dim), `accuracy_text`
-        (share of supervised tokens predicted right), `text_targets`, `image_targets` (their numbers).
+        The loss, and scalars, all of which add up over the parts of a batch: `loss`, `loss_text`
+        (nats a token), `loss_visual` (squared error per dim), `accuracy_text` (share of supervised
+        tokens predicted right), `text_targets`, `image_targets` (their numbers).
     """
     key_B2 = jax.vmap(jax.random.split)(key_B)
     noise_BLC = _normal(key_B2[:, 0], batch["latent_mean"].shape[1:])
@@ -77,7 +78,9 @@ def unified(
     z_BND = model.condition(_at(hidden_BLD, index_BN), position_BN)
     x_BNC = _at(latents_BLC, index_BN)
     time_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B2[:, 1])
-    t_RBN = jax.vmap(lambda key: process.times(key, (draws, x_BNC.shape[1])), out_axes=1)(time_key_B)
+    t_RBN = jax.vmap(lambda key: process.times(key, (draws, x_BNC.shape[1])), out_axes=1)(
+        time_key_B
+    )
     noise_RBNC = jnp.moveaxis(_normal(noise_key_B, (draws, *x_BNC.shape[1:])), 0, 1)
     loss_RBN = process.loss_at(
         lambda x, t: model.head(x, t, z_BND),
@@ -101,11 +104,13 @@ def unified(
 def autoencoder(
     model: Vae, images: Float[Array, "B H W 3"], key_B: jax.Array, total: float, *, kl_weight: float
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Reconstruction and KL of the image tokenizer (our choice: no perceptual nor adversarial term, whose networks need weights
-    of their own).
+    """Reconstruction and KL of the image tokenizer.
 
-    `|x - y| + (x - y)^2`, mean over pixels: the first keeps edges sharp, the second punishes the few large errors. KL to the
-    unit Gaussian in nats per pixel value. `total` is the number of pixel values in the whole batch.
+    Our choice: no perceptual nor adversarial term, whose networks need weights of their own.
+
+    `|x - y| + (x - y)^2`, mean over pixels: the first keeps edges sharp, the second punishes the
+    few large errors. KL to the unit Gaussian in nats per pixel value. `total` is the number of
+    pixel values in the whole batch.
     """
     mean_BNC, std_BNC = model.encode(images)
     tokens_BNC = mean_BNC + std_BNC * _normal(key_B, mean_BNC.shape[1:])
@@ -117,7 +122,7 @@ def autoencoder(
     return loss, {"loss": loss, "mse": square, "kl": kl}
 
 
-def _normal(key_B: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:
+def _normal(key_B: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:  # noqa: F821
     return jax.vmap(lambda key: jax.random.normal(key, shape))(key_B)
 
 

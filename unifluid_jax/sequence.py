@@ -1,25 +1,33 @@
-"""An example as one token sequence: modality, order, positions, mask, loss weights. The heart of the model.
+"""An example as one token sequence: modality, order, positions, mask, loss weights.
+
+The heart of the model.
 
 Layouts (UniFluid, architecture figure; editing is our choice):
 
-    understanding  [vision_1 ... vision_M] [BOS] [prompt ...] [answer ...]     loss on answer and EOS
-    generation     [BOS] [prompt ...] [BOI] [v_1 ... v_{N-1}]                  BOI -> v_1, v_1 -> v_2, ...
-    editing        [vision(source)] [latents(source)] [BOS] [instruction ...] [BOI] [v_1 ... v_{N-1}]
+    understanding [vision_1 ... vision_M] [BOS] [prompt ...] [answer ...]
+                  loss on answer and EOS
+    generation    [BOS] [prompt ...] [BOI] [v_1 ... v_{N-1}]
+                  BOI -> v_1, v_1 -> v_2, ...
+    editing       [vision(source)] [latents(source)] [BOS] [instruction ...] [BOI] [v_1 ... v_{N-1}]
 
-The leading BOS of the generation layout is our choice: a pretrained Gemma expects it at the start of every text.
+The leading BOS of the generation layout is our choice: a pretrained Gemma expects it at the start
+of every text.
 
-Letters: T positions of one example, L positions of a packed row, B rows, C dims of an image token, N image tokens of an
-image, M vision tokens of a picture, n pictures of one example.
+Letters: T positions of one example, L positions of a packed row, B rows, C dims of an image token,
+N image tokens of an image, M vision tokens of a picture, n pictures of one example.
 
-Random order (UniFluid; how, is our choice). One permutation `order` of the N grid cells per image; the targets come in that
-order, and the input at a target's position is the *previous* target's latent with its own grid cell (`content_position`) and the
-grid cell it must predict (`target_position`). BOI, the first input, has no content. Raster order is the identity permutation.
+Random order (UniFluid; how, is our choice). One permutation `order` of the N grid cells per image;
+the targets come in that order, and the input at a target's position is the *previous* target's
+latent with its own grid cell (`content_position`) and the grid cell it must predict
+(`target_position`). BOI, the first input, has no content. Raster order is the identity permutation.
 
-Latents are kept with the position that *predicts* them, so that the input at position l is `latent[l - 1]`: one array serves inputs
-and targets, and a sample of the posterior is drawn once for both. Source latents (editing) are kept where they are fed.
+Latents are kept with the position that *predicts* them, so that the input at position l is
+`latent[l - 1]`: one array serves inputs and targets, and a sample of the posterior is drawn once
+for both. Source latents (editing) are kept where they are fed.
 
-The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with c its cumulative sum, position i
-attends to j when c[j] <= c[i] and both are of one segment. All ones: causal. Zeros over a prefix: prefix-LM.
+The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with
+c its cumulative sum, position i attends to j when c[j] <= c[i] and both are of one segment. All
+ones: causal. Zeros over a prefix: prefix-LM.
 """
 
 import dataclasses
@@ -33,7 +41,10 @@ from unifluid_jax.errors import UserError
 
 
 class Modality(enum.IntEnum):
-    """What a position feeds to the backbone. BOI is TEXT: its embedding is a row of the vocabulary."""
+    """What a position feeds to the backbone.
+
+    BOI is TEXT: its embedding is a row of the vocabulary.
+    """
 
     PAD = 0
     TEXT = 1
@@ -46,13 +57,14 @@ class Layout:
     """The constants every sequence of a model shares.
 
     Attributes:
-        bos, eos, boi, null, separator: ids of the text tokenizer. `null` stands at every prompt position of an example
-            whose text was dropped for classifier-free guidance; `separator` ("\\n", PaliGemma) ends a prompt before its answer.
+        bos, eos, boi, null, separator: ids of the text tokenizer. `null` stands at every prompt
+            position of an example whose text was dropped for classifier-free guidance; `separator`
+            ("\\n", PaliGemma) ends a prompt before its answer.
         vision_tokens: M, tokens of one picture from the vision tower.
         image_tokens: N, tokens of one image from the image tokenizer.
         token_dim: C, dims of an image token.
-        bidirectional_prefix: whether the conditioning prefix attends to itself in both directions (prefix-LM) or
-            causally. UniFluid does not say; causal is the default of the configs.
+        bidirectional_prefix: whether the conditioning prefix attends to itself in both directions
+            (prefix-LM) or causally. UniFluid does not say; causal is the default of the configs.
     """
 
     bos: int
@@ -98,9 +110,10 @@ class Sequence:
 def understanding(
     layout: Layout, image: UInt8[np.ndarray, "H W 3"], prompt: list[int], answer: list[int] | None
 ) -> Sequence:
-    """A picture, a question and its answer; with `answer=None` the prefix alone, to be decoded from.
+    """A picture, a question and its answer.
 
-    The separator is the last position of the prefix and predicts the first answer token; the last answer token predicts EOS.
+    With `answer=None` the prefix alone, to be decoded from. The separator is the last position of
+    the prefix and predicts the first answer token; the last answer token predicts EOS.
     """
     prefix = [_vision(layout), _text(layout, [layout.bos, *prompt, layout.separator])]
     if answer is None:
@@ -115,7 +128,10 @@ def understanding(
 def generation(
     layout: Layout, prompt: list[int], target: Latents | None, order: Int[np.ndarray, "N"]
 ) -> Sequence:
-    """A text and the image it describes, in the given order; with `target=None` the prefix up to and with BOI."""
+    """A text and the image it describes, in the given order.
+
+    With `target=None` the prefix up to and with BOI.
+    """
     prefix = [_text(layout, [layout.bos, *prompt])]
     return _assemble(layout, prefix, [_targets(layout, target, order)], None)
 
@@ -128,17 +144,22 @@ def editing(
     target: Latents | None,
     order: Int[np.ndarray, "N"],
 ) -> Sequence:
-    """A source image in one or two views, an instruction, and the edited image; `target=None` as in `generation`.
+    """A source image in one or two views, an instruction, and the edited image.
+
+    `target=None` as in `generation`.
 
     Args:
         source: the picture for the vision tower, or None to leave this view out.
-        source_latents: the source's latents, clean and in raster order, or None to leave this view out.
+        source_latents: the source's latents, clean and in raster order, or None to leave this view
+            out.
 
     Raises:
         UserError: both views are left out.
     """
     if source is None and source_latents is None:
-        raise UserError("an edit needs a view of its source: switch on edit_vision, edit_latents or both")
+        raise UserError(
+            "an edit needs a view of its source: switch on edit_vision, edit_latents or both"
+        )
     prefix = []
     if source is not None:
         prefix.append(_vision(layout))
@@ -150,7 +171,10 @@ def editing(
 
 
 def dropped(layout: Layout, prompt: list[int]) -> list[int]:
-    """The prompt without its words: the learned null token at each of its positions (classifier-free guidance)."""
+    """The prompt without its words, for classifier-free guidance.
+
+    The learned null token stands at each of its positions.
+    """
     return [layout.null] * len(prompt)
 
 
@@ -160,7 +184,10 @@ def raster(layout: Layout) -> Int[np.ndarray, "N"]:
 
 
 def _span(layout: Layout, length: int, modality: Modality) -> Sequence:
-    """`length` empty positions of one modality: nothing fed but what the caller fills in, no loss."""
+    """`length` empty positions of one modality.
+
+    Nothing fed but what the caller fills in, no loss.
+    """
     return Sequence(
         tokens=np.zeros(length, np.int32),
         modality=np.full(length, modality, np.int32),
@@ -196,7 +223,10 @@ def _source(layout: Layout, latents: Latents) -> Sequence:
 
 
 def _targets(layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"]) -> Sequence:
-    """BOI and all but the last of the image's tokens, each position with the token that it predicts."""
+    """BOI and all but the last of the image's tokens.
+
+    Each position comes with the token that it predicts.
+    """
     length = layout.image_tokens if latents is not None else 1
     span = _span(layout, length, Modality.LATENT)
     span.modality[0] = Modality.TEXT
@@ -224,7 +254,8 @@ def _assemble(
     }
     joined["position"] = np.arange(len(joined["tokens"]), dtype=np.int32)
     if layout.bidirectional_prefix:
-        # The first position starts step 1, the rest of the prefix joins it; the suffix goes on causally.
+        # The first position starts step 1, the rest of the prefix joins it; the suffix goes on
+        # causally.
         joined["step"][1 : sum(len(span) for span in prefix)] = 0
     return Sequence(**joined, images=np.zeros((0, 0, 0, 3), np.uint8) if images is None else images)
 
@@ -236,7 +267,8 @@ def attention_mask(
 
     Args:
         step_BL: 1 where a new causal step starts, else 0.
-        segment_BL: the example a position belongs to, 0 for padding. A pad attends to nothing and nothing attends to it.
+        segment_BL: the example a position belongs to, 0 for padding. A pad attends to nothing and
+            nothing attends to it.
     """
     causal_BL = jnp.cumsum(step_BL, axis=1)
     earlier = causal_BL[:, None, :] <= causal_BL[:, :, None]
@@ -245,13 +277,16 @@ def attention_mask(
     return earlier & same & valid
 
 
-def slots(weight_BL: Float[Array, "B L"], size: int) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
+def slots(
+    weight_BL: Float[Array, "B L"], size: int
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"]]:
     """The positions of a row that carry a loss, in a fixed number of slots.
 
     Heads run on these slots only: the vocabulary never meets the whole batch.
 
     Args:
-        weight_BL: loss weights, zero where there is no target. Packing guarantees at most `size` others per row.
+        weight_BL: loss weights, zero where there is no target. Packing guarantees at most `size`
+            others per row.
         size: number of slots, K.
 
     Returns:
