@@ -1,7 +1,8 @@
 """Where Flax stops: a module becomes `init(key) -> params` and `bind(params) -> module`.
 
-Everything outside `models/` sees nested dicts of arrays. A module is built under tracing, split once into its static graph and
-its parameters, and merged again inside the step; nothing in it changes during a step.
+Everything outside `models/` sees nested dicts of arrays. A module is built under tracing, split
+once into its static graph and its parameters, and merged again inside the step; nothing in it
+changes during a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,9 @@ def param(
     axes: Sequence[str | None],
     dtype: Any = jnp.float32,
 ) -> nnx.Param:
-    """A parameter with one logical axis name per dimension; `sharding.py` maps the names to the mesh.
+    """A parameter with one logical axis name per dimension.
+
+    `sharding.py` maps the names to the mesh.
 
     Raises:
         ValueError: the number of names differs from the number of dimensions.
@@ -36,7 +39,8 @@ def param(
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
     """`depth` equal layers as one module whose parameters carry a leading "layers" axis.
 
-    One array per parameter whatever the depth: a checkpoint does not depend on how the layers are run.
+    One array per parameter whatever the depth: a checkpoint does not depend on how the layers are
+    run.
     """
     keys = jax.random.split(rngs.params(), depth)
     return jax.vmap(lambda key: build(nnx.Rngs(key)))(keys)
@@ -45,8 +49,8 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 def unstack(layers: Any, depth: int) -> list[Any]:
     """The single layers of a `stack`.
 
-    Cut with `lax.split`, whose transpose is one concatenation; indexing would make the backward pass add up `depth` arrays
-    of the full stacked size.
+    Cut with `lax.split`, whose transpose is one concatenation; indexing would make the backward
+    pass add up `depth` arrays of the full stacked size.
     """
     leaves, structure = jax.tree.flatten(layers)
     slices = [jax.lax.split(leaf, (1,) * depth, axis=0) for leaf in leaves]
@@ -59,7 +63,8 @@ class Functional:
     """The functional face of a module.
 
     Args:
-        build: makes the module from `nnx.Rngs`. Called under tracing, so it allocates nothing by itself.
+        build: makes the module from `nnx.Rngs`. Called under tracing, so it allocates nothing by
+            itself.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
@@ -71,7 +76,10 @@ class Functional:
 
     @property
     def axes(self) -> Params:
-        """The tree of `init` with a tuple of logical axis names at every leaf; stacked layers begin with "layers"."""
+        """The tree of `init` with a tuple of logical axis names at every leaf.
+
+        Stacked layers begin with "layers".
+        """
 
         def names(variable: nnx.Variable) -> tuple[str | None, ...]:
             axes = variable.get_metadata()["axes"]
@@ -94,5 +102,8 @@ class Functional:
         graph, abstract = self._abstract
         expected = jax.tree.structure(nnx.to_pure_dict(abstract))
         if jax.tree.structure(params) != expected:
-            raise ValueError(f"parameters do not fit the module: {jax.tree.structure(params)} given, {expected} wanted")
+            raise ValueError(
+                f"parameters do not fit the module: {jax.tree.structure(params)} given, "
+                f"{expected} wanted"
+            )
         return nnx.merge(graph, nnx.State(params))

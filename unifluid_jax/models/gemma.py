@@ -1,7 +1,10 @@
-"""Gemma decoder: the backbone that reads text and image embeddings in one sequence (Gemma-2 is UniFluid's main one).
+"""Gemma decoder: the backbone that reads text and image embeddings in one sequence.
 
-Letters: B rows, T positions fed, S positions attended to (T, or the slots of the cache), D width, H query heads, G key/value heads,
-Q = H / G query heads per key/value head, K head dim, F MLP width, V vocabulary.
+Gemma-2 is UniFluid's main one.
+
+Letters: B rows, T positions fed, S positions attended to (T, or the slots of the cache), D width,
+H query heads, G key/value heads, Q = H / G query heads per key/value head, K head dim, F MLP width,
+V vocabulary.
 """
 
 import dataclasses
@@ -26,14 +29,17 @@ class GemmaConfig:
     """Sizes and switches of the decoder.
 
     Attributes:
-        attention: kinds of attention, "local" (sliding window) or "global", repeated over the depth.
+        attention: kinds of attention, "local" (sliding window) or "global", repeated over the
+            depth.
         window: positions a local layer sees, itself included.
         query_scale: factor on queries; None is `head_dim ** -0.5`.
-        attention_cap, final_cap: soft caps of attention and vocabulary logits; None is no cap (Gemma-1).
+        attention_cap, final_cap: soft caps of attention and vocabulary logits; None is no cap
+            (Gemma-1).
         post_norms: RMSNorm after attention and MLP too (Gemma-2).
-        scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled (CPU: a scan body runs
-            on one core).
-        remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every activation.
+        scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled
+            (CPU: a scan body runs on one core).
+        remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every
+            activation.
         dtype: compute type; parameters are float32.
     """
 
@@ -64,7 +70,10 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 def rope(
     x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base: float
 ) -> Float[Array, "B T H K"]:
-    """Rotary position embedding, halves rotated against each other (Gemma's convention), angles in float32."""
+    """Rotary position embedding, angles in float32.
+
+    Halves are rotated against each other (Gemma's convention).
+    """
     half = x_BTHK.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
@@ -181,7 +190,8 @@ class Gemma(nnx.Module):
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # Rows of norm about 1: scaled by sqrt(D) on the way in they have unit variance, and so have the first logits.
+        # Rows of norm about 1: scaled by sqrt(D) on the way in they have unit variance, and so have
+        # the first logits.
         self.embedding = param(
             jax.nn.initializers.normal(config.width**-0.5),
             rngs.params(),
@@ -207,7 +217,10 @@ class Gemma(nnx.Module):
         return soft_cap(logits, self.config.final_cap)
 
     def init_cache(self, batch: int, slots: int) -> Cache:
-        """An empty key/value cache: [layers, B, slots, G, K] each, and the RoPE position held by every slot."""
+        """An empty key/value cache.
+
+        [layers, B, slots, G, K] each, and the RoPE position held by every slot.
+        """
         c = self.config
         shape = (c.depth, batch, slots, c.kv_heads, c.head_dim)
         return {
@@ -229,8 +242,8 @@ class Gemma(nnx.Module):
         Args:
             x_BTD: embeddings, in the compute type.
             position_BT: RoPE positions.
-            mask_BTS: who attends to whom; S = T without a cache, else the cache's slots, each of which must have been
-                written by this call or an earlier one where the mask is true.
+            mask_BTS: who attends to whom; S = T without a cache, else the cache's slots, each of
+                which must have been written by this call or an earlier one where the mask is true.
             cache: from `init_cache`, or None for a full pass.
             offset: slot that the first of the T positions is written to, the same for every row.
         """
@@ -261,8 +274,8 @@ def _run_layers(
 ) -> tuple[jax.Array, Cache | None]:
     """All blocks in turn, scanned over whole periods of the attention pattern or unrolled.
 
-    A period is unrolled inside the scan so that "local" and "global" stay static there; layers left over after the last whole
-    period follow the scan.
+    A period is unrolled inside the scan so that "local" and "global" stay static there; layers left
+    over after the last whole period follow the scan.
     """
     if config.remat is not None:
         policy = getattr(jax.checkpoint_policies, config.remat)
