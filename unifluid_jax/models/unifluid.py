@@ -1,6 +1,9 @@
-"""UniFluid: one Gemma decoder over text, vision features and continuous image tokens, a softmax head and a diffusion head.
+"""UniFluid: one Gemma decoder over text, vision features and continuous image tokens.
 
-Letters: as in `sequence.py`, and I pictures of a row, W width of the vision tower, D width of the backbone, z the backbone's output.
+It has a softmax head and a diffusion head.
+
+Letters: as in `sequence.py`, and I pictures of a row, W width of the vision tower, D width of the
+backbone, z the backbone's output.
 """
 
 import dataclasses
@@ -69,10 +72,12 @@ class UniFluid(nnx.Module):
     def embed(self, batch: Batch, latents_BLC: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
         """Embeddings of packed rows, in the compute type.
 
-        Text is scaled by sqrt(D) (Gemma), vision features and latents are not (PaliGemma's convention).
+        Text is scaled by sqrt(D) (Gemma), vision features and latents are not (PaliGemma's
+        convention).
 
         Args:
-            batch: `tokens`, `modality`, `content_position`, `target_position` [B, L] and `images` uint8 [B, I, H, W, 3].
+            batch: `tokens`, `modality`, `content_position`, `target_position` [B, L] and `images`
+                uint8 [B, I, H, W, 3].
             latents_BLC: samples of the latents kept at each position (see `sequence.py`).
         """
         modality_BL = batch["modality"]
@@ -99,7 +104,10 @@ class UniFluid(nnx.Module):
         return _rows(self.target_embed, target_BT, self.config.backbone.dtype)
 
     def hidden(self, batch: Batch, latents_BLC: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
-        """Final hidden states of packed rows: the full pass that training uses and cached decoding must equal."""
+        """Final hidden states of packed rows.
+
+        The full pass that training uses and cached decoding must equal.
+        """
         x_BLD = self.embed(batch, latents_BLC)
         mask_BLL = attention_mask(batch["step"], batch["segment"])
         return self.backbone(x_BLD, batch["position"], mask_BLL)[0]
@@ -107,13 +115,19 @@ class UniFluid(nnx.Module):
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        """z, what the diffusion head is conditioned on: hidden states of positions that predict an image token."""
+        """z, what the diffusion head is conditioned on.
+
+        Hidden states of positions that predict an image token.
+        """
         if not self.config.target_in_head:
             return hidden_BTD
         return hidden_BTD + self.embed_target(target_BT)
 
     def _vision_at(self, images_BIHW3: jax.Array, here_BL: jax.Array) -> jax.Array:
-        """Projected vision features, the k-th of a row at its k-th VISION position (anything elsewhere)."""
+        """Projected vision features.
+
+        The k-th of a row stands at its k-th VISION position (anything elsewhere).
+        """
         b, i, *pixels = images_BIHW3.shape
         images = images_BIHW3.reshape(b * i, *pixels).astype(jnp.float32) / 127.5 - 1.0
         features = self.vision(images)

@@ -1,10 +1,14 @@
-"""KL autoencoder with Stable Diffusion's architecture (`AutoencoderKL`): pictures to continuous image tokens and back.
+"""KL autoencoder with Stable Diffusion's architecture (`AutoencoderKL`).
 
-UniFluid takes image tokens from a Stable-Diffusion-type VAE; grouping `patch` x `patch` latents into one token is MAR's and Fluid's way
-and our choice here. SD at 256 px: 32 x 32 x 4 latents, 2 x 2 grouped, 256 tokens of 16 dims. MAR's KL-16: 16 x 16 x 16, patch 1.
+Pictures to continuous image tokens and back.
 
-Letters: B pictures, H W pixels, h w latents' grid, z latent channels, N = (h / patch) (w / patch) tokens, C = patch^2 z dims of a token.
-Pixels are in [-1, 1]. Parameters carry the names of diffusers' `AutoencoderKL`, kernels in HWIO.
+UniFluid takes image tokens from a Stable-Diffusion-type VAE; grouping `patch` x `patch` latents
+into one token is MAR's and Fluid's way and our choice here. SD at 256 px: 32 x 32 x 4 latents,
+2 x 2 grouped, 256 tokens of 16 dims. MAR's KL-16: 16 x 16 x 16, patch 1.
+
+Letters: B pictures, H W pixels, h w latents' grid, z latent channels, N = (h / patch) (w / patch)
+tokens, C = patch^2 z dims of a token. Pixels are in [-1, 1]. Parameters carry the names of
+diffusers' `AutoencoderKL`, kernels in HWIO.
 """
 
 import dataclasses
@@ -91,7 +95,8 @@ class GroupNorm(nnx.Module):
         self.bias = param(_zeros, rngs.params(), (channels,), ("conv_out",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Moments per channel first, in one pass and with the channels contiguous; groups are joined on [B, channels].
+        # Moments per channel first, in one pass and with the channels contiguous; groups are joined
+        # on [B, channels].
         y = x.astype(jnp.float32)
         mean, square = (self._over_groups(m.mean((1, 2))) for m in (y, jnp.square(y)))
         inverse = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + 1e-6)
@@ -258,7 +263,10 @@ class Vae(nnx.Module):
 
 
 def group(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B N C"]:
-    """Squares of `patch` x `patch` latents as tokens; inside a token: channel, then row, then column (MAR's order)."""
+    """Squares of `patch` x `patch` latents as tokens.
+
+    Inside a token: channel, then row, then column (MAR's order).
+    """
     b, h, w, z = latents.shape
     x = latents.reshape(b, h // patch, patch, w // patch, patch, z)
     return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, (h // patch) * (w // patch), z * patch**2)
