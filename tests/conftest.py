@@ -1,4 +1,7 @@
-"""Every test runs on 8 fake CPU devices, with shape annotations checked and no silent rank promotion."""
+"""Every test runs on 8 fake CPU devices.
+
+Shape annotations are checked, and there is no silent rank promotion.
+"""
 
 import os
 
@@ -10,7 +13,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of a small test's time is compilation; the programs themselves run in milliseconds either way.
+# Most of a small test's time is compilation; the programs themselves run in milliseconds either
+# way.
 jax.config.update("jax_disable_most_optimizations", True)
 # Production runs unchecked; this hook is the one switch.
 jaxtyping.install_import_hook("unifluid_jax", "beartype.beartype")

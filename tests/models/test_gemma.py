@@ -11,7 +11,8 @@ from unifluid_jax.models import gemma
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
 
-# Every feature alive: grouped queries, a window shorter than the sequence, a depth that is no multiple of the pattern.
+# Every feature alive: grouped queries, a window shorter than the sequence, a depth that is no
+# multiple of the pattern.
 CONFIG = GemmaConfig(
     vocab_size=50,
     width=32,
