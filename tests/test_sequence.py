@@ -114,7 +114,9 @@ def test_mask_equals_its_definition():
     step = rng.integers(0, 2, (3, 12)).astype(np.int32)
     segment = np.sort(rng.integers(0, 4, (3, 12)), axis=1)[:, ::-1].astype(np.int32).copy()
     mask = sequence.attention_mask(jnp.asarray(step), jnp.asarray(segment))
-    np.testing.assert_array_equal(mask, [slow_mask(*row) for row in zip(step, segment, strict=True)])
+    np.testing.assert_array_equal(
+        mask, [slow_mask(*row) for row in zip(step, segment, strict=True)]
+    )
 
 
 def test_slots_hold_every_target_once():

@@ -1,4 +1,7 @@
-"""The joined model and its loss on real packed sequences: causality, order, packing, accumulation."""
+"""The joined model and its loss on real packed sequences.
+
+Causality, order, packing, accumulation.
+"""
 
 import dataclasses
 
@@ -135,7 +138,9 @@ def test_the_order_reaches_the_input(model, params):
     for name in ("content_position", "target_position"):
         moved = np.array(batch[name])
         moved[moved >= 0] = (moved[moved >= 0] + 1) % N
-        assert jnp.abs(hidden(model, params, {**batch, name: jnp.asarray(moved)}) - base).max() > 0.01
+        assert (
+            jnp.abs(hidden(model, params, {**batch, name: jnp.asarray(moved)}) - base).max() > 0.01
+        )
 
 
 def unified(model, params, batch, keys=None, total=None):
@@ -169,9 +174,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(model, params):
     batch = pack([examples(), examples(seed=1)[:1], examples(seed=2)[1:], examples()[:2]])
     keys = jax.random.split(jax.random.key(1), 4)
     total = losses.totals(batch)
-    gradient = jax.jit(
-        jax.grad(lambda p, b, k: unified(model, p, b, k, total), has_aux=True)
-    )
+    gradient = jax.jit(jax.grad(lambda p, b, k: unified(model, p, b, k, total), has_aux=True))
     whole = gradient(params, batch, keys)
     parts = [
         gradient(params, jax.tree.map(lambda x, i=i: x[i::2], batch), keys[i::2]) for i in range(2)
