@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from array_record.python import array_record_module
@@ -156,7 +156,7 @@ class LatentCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_reader": None}
 
-    def __getitem__(self, index: int) -> Float[np.ndarray, "2 images N C"]:
+    def __getitem__(self, index: SupportsIndex) -> Float[np.ndarray, "2 images N C"]:
         """Raw mean and standard deviation of every picture of a record.
 
         Raises:

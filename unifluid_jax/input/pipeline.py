@@ -15,7 +15,7 @@ import functools
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -219,7 +219,9 @@ class _ToSequence:
         self._records, self._latents, self._sequencer = records, latents, sequencer
         self._no_images = np.zeros((0, sequencer.image_size, sequencer.image_size, 3), np.uint8)
 
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray] | Skipped:
+    def __call__(
+        self, index: SupportsIndex, rng: np.random.Generator
+    ) -> dict[str, np.ndarray] | Skipped:
         where = f"{self._records.name} record {index}"
         try:
             record = self._records[index]
@@ -251,7 +253,7 @@ class _ToPicture:
         self._flip, self._shift = input_config.flip, input_config.shift
 
     def __call__(
-        self, index: int, rng: np.random.Generator
+        self, index: SupportsIndex, rng: np.random.Generator
     ) -> dict[str, UInt8[np.ndarray, "H W 3"]] | Skipped:
         try:
             record = self._records[index]

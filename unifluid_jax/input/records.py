@@ -18,14 +18,15 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
+from google.protobuf import json_format
 from jaxtyping import Int, UInt8
 from PIL import Image
-from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.core import dataset_info, read_only_builder
 
 from unifluid_jax.errors import UserError, nearest
 
@@ -120,7 +121,7 @@ class Records:
         try:
             instruction = tfds.core.ReadInstruction.from_spec(split)
             (part,) = instruction.to_absolute(builder.info.splits)
-        except ValueError:
+        except (ValueError, NotImplementedError):
             known = ", ".join(builder.info.splits)
             raise UserError(
                 f'data set {dataset} has no split "{split}" (it has {known}; parts of one are'
@@ -130,6 +131,11 @@ class Records:
         info = builder.info.splits[self.base]
         stop = info.num_examples if part.to is None else part.to
         self._length = stop - self.start
+        if self._length < 1 and info.num_examples:
+            raise UserError(
+                f"{self.name} holds no record of {info.num_examples}: it ends at {stop} and begins"
+                f" at {self.start} (both ends are counted in the same unit)"
+            )
         self.size = (info.num_examples, info.num_bytes)
         self._parser = _Parser(dataset, builder.info.features, fields)
         self.images = self._parser.images
@@ -145,7 +151,7 @@ class Records:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Record:
+    def __getitem__(self, index: SupportsIndex) -> Record:
         """The record of this index.
 
         Raises:
@@ -201,6 +207,10 @@ def open_builder(dataset: str, data_dir: str | os.PathLike) -> tfds.core.Dataset
         begun = begun or any(Path(data_dir).glob(f"{dataset.partition('/')[0]}/**/incomplete.*"))
         state = "half-built" if begun else "not built"
         raise UserError(f"data set {dataset} is {state} in {data_dir}: {again}") from None
+    except (dataset_info.DatasetInfoFileError, json_format.ParseError) as error:
+        raise UserError(
+            f"data set {dataset} is half-built in {data_dir} ({error}): {again}"
+        ) from None
     missing = find_missing(builder.data_path)
     if missing is not None:
         raise UserError(f"data set {dataset} is half-built in {data_dir} ({missing}): {again}")
