@@ -205,6 +205,6 @@ def test_a_batch_is_spread_over_the_replicas_without_an_implicit_transfer():
 
 
 def test_a_batch_that_cannot_be_spread_is_an_error():
-    sharding.check_batch(8, make_mesh(2, 2, 2))
+    sharding.check_batch(8, 2, make_mesh(2, 2, 2))
     with pytest.raises(UserError, match="batch_size = 6 does not divide by the 4 replicas"):
-        sharding.check_batch(6, make_mesh(2, 2, 2))
+        sharding.check_batch(6, 1, make_mesh(2, 2, 2))

@@ -3,6 +3,7 @@
     WORKDIR/checkpoints/300/state       parameters, EMA, moments, step: sharded arrays
     WORKDIR/checkpoints/300/iterator    where the input stands, JSON
     WORKDIR/checkpoints/300/meta        JSON of the trainer, with the config in it
+    WORKDIR/config.json                 the config of the run, from its very beginning
 
 Nothing else of this code knows Orbax. A step appears under its own name only when all of it is
 written; what a killed process leaves behind is never taken for a checkpoint.
@@ -29,6 +30,7 @@ Tree = Any
 PathLike = epath.PathLike
 
 _FOLDER = "checkpoints"
+_CONFIG = "config.json"
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
 # which devices. Everything else decides which model comes out.
@@ -215,13 +217,17 @@ def locate(path: PathLike, step: int | None) -> tuple[epath.Path, int]:
     root = path / _FOLDER if (path / _FOLDER).is_dir() else path
     if root.name.isdigit() and step in (None, int(root.name)):
         root, step = root.parent, int(root.name)
-    steps = sorted(ocp.utils.checkpoint_steps(root)) if root.is_dir() else []
+    steps = _steps(root) if root.is_dir() else []
     if not steps:
         raise UserError(f"no checkpoint in {path}: give the workdir of a training run")
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"no checkpoint of step {step} in {root}: it has {_some(steps)}")
     return root / str(step), step
+
+
+def _steps(root: epath.Path) -> list[int]:
+    return sorted(ocp.utils.checkpoint_steps(root))
 
 
 def _read_json(folder: epath.Path, item: str) -> Any:
@@ -292,6 +298,32 @@ def _damaged(folder: epath.Path, error: Exception) -> UserError:
         f"checkpoint {folder} is damaged ({type(error).__name__}: {reason}): "
         "delete it to go on from the one before"
     )
+
+
+def check_workdir(workdir: PathLike, config: ConfigDict) -> None:
+    """Makes sure that a workdir is new, or was begun with this config.
+
+    Raises:
+        UserError: it holds another run.
+    """
+    file = epath.Path(workdir) / _CONFIG
+    if file.exists():
+        try:
+            saved = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}): delete it to go on") from error
+    elif (epath.Path(workdir) / _FOLDER).is_dir() and _steps(epath.Path(workdir) / _FOLDER):
+        saved = stored_meta(workdir)["config"]
+    else:
+        return
+    check_same_run(saved, config)
+
+
+def claim(workdir: PathLike, config: ConfigDict) -> None:
+    """Leaves the config of the run in its workdir, where `check_workdir` finds it."""
+    if jax.process_index() == 0:
+        text = json.dumps(configs.to_json(config), indent=2)
+        (epath.Path(workdir) / _CONFIG).write_text(text + "\n")
 
 
 def check_same_run(

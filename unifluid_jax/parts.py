@@ -56,11 +56,13 @@ def assemble(config: ConfigDict) -> Parts:
     process = process_from(**config.diffusion)
     token_dim = images.config.token_dim
     model_config = UniFluidConfig(
-        backbone=_make(GemmaConfig, "backbone", c.backbone, vocab_size=sequencer.text.vocab_size),
-        vision=_make(SiglipConfig, "vision", c.vision),
-        head=_make(
+        backbone=make_part(
+            GemmaConfig, "config.model.backbone", c.backbone, vocab_size=sequencer.text.vocab_size
+        ),
+        vision=make_part(SiglipConfig, "config.model.vision", c.vision),
+        head=make_part(
             HeadConfig,
-            "head",
+            "config.model.head",
             c.head,
             token_dim=token_dim,
             cond_dim=c.backbone.width,
@@ -74,13 +76,20 @@ def assemble(config: ConfigDict) -> Parts:
     return Parts(config, model, sequencer, images, process)
 
 
-def _make(kind: Callable[..., Any], name: str, fields: ConfigDict, **fixed: Any) -> Any:
-    """`kind` of a sub-config and of what the other parts fix."""
+def make_part(kind: Callable[..., Any], where: str, fields: ConfigDict, **fixed: Any) -> Any:
+    """`kind`, a dataclass, of a sub-config and of what the other parts fix.
+
+    Args:
+        where: path of the sub-config, for messages.
+
+    Raises:
+        UserError: the sub-config has a field that `kind` has not, or lacks one.
+    """
     known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
     for field in fields:
         if field not in known:
-            raise UserError(f'config.model.{name} has no option "{field}"{nearest(field, known)}')
+            raise UserError(f'{where} has no option "{field}"{nearest(field, known)}')
     try:
         return kind(**fields, **fixed)
     except TypeError as error:
-        raise UserError(f"config.model.{name}: {error}") from error
+        raise UserError(f"{where}: {error}") from error

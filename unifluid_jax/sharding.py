@@ -177,13 +177,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(rows: int, mesh: Mesh) -> None:
-    """Raises a UserError unless a batch of so many rows can be spread over the mesh."""
+def check_batch(rows: int, parts: int, mesh: Mesh) -> None:
+    """Makes sure that a batch can be spread over the mesh.
+
+    Args:
+        rows: of the global batch.
+        parts: that it is cut into for gradient accumulation.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if parts < 1:
+        raise UserError(f"config.train.accumulate is {parts}: set it to 1 or more")
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % replicas:
+    if rows < 1 or rows % (replicas * parts):
         raise UserError(
             f"config.input.batch_size = {rows} does not divide by the {replicas} replicas of the "
-            f"mesh {_sizes(mesh)}"
+            f"mesh {_sizes(mesh)} times config.train.accumulate = {parts}"
         )
 
 

@@ -1,14 +1,17 @@
-"""Trains a model: `unifluid train --config=experiments/quickstart.py --workdir=runs/quickstart`.
+"""Trains a model, or goes on where its workdir stopped.
 
-One page, top to bottom. The step is a pure function (state, batch) -> (state, metrics); the state is a dict of pytrees:
-`step`, `params`, `ema` and `opt_state`. What is trained, a UniFluid or an image tokenizer, is a `Task` (tasks.py).
+    unifluid train --config=experiments/quickstart.py --workdir=runs/quickstart
+    unifluid train --config=experiments/quickstart.py:debug --workdir=/tmp/debug
+
+One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars); the state
+is a dict of pytrees: `step`, `params`, `ema` and `opt_state`. What is trained, a UniFluid or an
+image tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
-    1. the last finished checkpoint of the workdir: state and data iterator, bit for bit where the run stopped
+    1. the last finished checkpoint of the workdir: state and input, bit for bit where it stopped
     2. fresh parameters from `config.seed`
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks
 from unifluid_jax import config as configs
 
 _CONFIG = cli.config_flag()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run in it goes on.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; a run in it goes on.", required=True
+)
 
 State = dict[str, Any]
 
@@ -33,15 +38,23 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: ConfigDict, workdir: Path) -> State:
-    """Runs `config.train.steps` steps, less those that the workdir has behind it; returns the last state.
+    """Runs `config.train.steps` steps, less those that the workdir has behind it.
+
+    Returns:
+        The last state.
 
     Raises:
         UserError: the config does not fit itself, its data, or the run that is in the workdir.
     """
+    # All that can be refused is refused here, before anything is written or compiled.
     task = tasks.make(config)
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.input.batch_size, config.train.accumulate, mesh)
+    evals.check(config)
+    checkpoint.check_workdir(workdir, config)
 
-    # The whole state is described first and then built in its place: no device ever holds more than its share.
+    # The whole state is described first and then built in its place: no device ever holds more
+    # than its share.
     key = jax.random.key(config.seed)
     shapes = jax.eval_shape(task.model.init, key)
     optimizer = optim.make(config.optim, shapes, config.train.steps)
@@ -49,63 +62,65 @@ def train(config: ConfigDict, workdir: Path) -> State:
     where = sharding.state_shardings(
         shapes, sharding.shardings(task.model.axes, shapes["params"], mesh), mesh
     )
-    batches = iter(task.batches())
+    process, processes = jax.process_index(), jax.process_count()
+    batches = task.batches(process, processes)
 
     with checkpoint.Checkpointer(workdir, keep=config.train.keep) as checkpoints:
-        meta = {"config": configs.to_json(config)}
         if checkpoints.latest_step() is not None:
-            checkpoint.check_same_run(checkpoint.stored_meta(workdir)["config"], config)
             restored = checkpoints.restore(sharding.abstract(shapes, where))
             state, first = restored.state, restored.step
             batches.set_state(restored.iterator)
         else:
-            state, first = jax.jit(lambda key: init(task, optimizer, key), out_shardings=where)(key), 0
-            workdir.mkdir(parents=True, exist_ok=True)
-            (workdir / "config.json").write_text(json.dumps(meta["config"], indent=2))
+            state = jax.jit(lambda key: init(task, optimizer, key), out_shardings=where)(key)
+            first = 0
+        meta = {"config": configs.to_json(config)}
+        checkpoint.claim(workdir, config)
 
         step_fn = jax.jit(
             lambda state, batch: train_step(config, task, optimizer, state, batch),
             donate_argnums=0,
             out_shardings=(where, sharding.replicated(mesh)),
         )
-
-        def report(step: int, scalars: dict[str, jax.Array], speeds: dict[str, float]) -> None:
-            scalars = {name: float(value) for name, value in jax.device_get(scalars).items()}
-            progress.update(step, {name: scalars[name] for name in scalars if name.startswith("loss")})
-            if step % config.train.log_every == 0 or step == config.train.steps:
-                writer.scalars(step, {**scalars, **speeds})
-
-        def evaluate(step: int) -> None:
-            due = evals.due(config.evals, step, config.train.steps)
-            if due:
-                scores, pictures = evals.run(config, task.subject(state["ema"]), due)
-                writer.scalars(step, scores)
-                writer.images(step, pictures)
-
         meter = metrics.Meter()
         with (
             metrics.Writer(workdir, start_step=first) as writer,
             metrics.Progress(config.train.steps, first, "training") as progress,
-            # Only explicit transfers: an accidental copy between host and devices would stall every step.
+            # Only explicit transfers: an accidental copy between host and devices would stall
+            # every step.
             jax.transfer_guard("disallow"),
         ):
+
+            def report(step: int, scalars: dict[str, jax.Array], speeds: dict[str, float]) -> None:
+                losses = {name: x for name, x in scalars.items() if name.startswith("loss")}
+                progress.update(step, losses, speeds)
+                if step % config.train.log_every == 0 or step == config.train.steps:
+                    writer.scalars(step, scalars | speeds)
+
             pending = None
             for step in range(first + 1, config.train.steps + 1):
                 with meter.waiting():
                     batch = next(batches)
                 state, scalars = step_fn(state, sharding.shard_batch(batch, mesh))
-                # The step just sent off runs while the host reads the metrics of the one before it.
+                # The step just sent off runs while the host reads the metrics of the one before.
                 if pending is not None:
                     report(*pending)
-                pending = (step, scalars, meter.read(task.count(batch)))
-                last = step == config.train.steps
-                if last or step % config.train.checkpoint_every == 0:
+                counts = {name: n * processes for name, n in task.count(batch).items()}
+                pending = (step, scalars, meter.read(counts))
+                due = evals.due(config.evals, step, config.train.steps)
+                save = step % config.train.checkpoint_every == 0 or step == config.train.steps
+                if due or save:
                     report(*pending)
                     pending = None
-                    # The iterator's state belongs to this step: no batch may be drawn before it is taken.
-                    checkpoints.save(step, state, batches.get_state(), meta)
-                with jax.transfer_guard("allow"):
-                    evaluate(step)
+                with meter.aside():
+                    if save:
+                        # The iterator's state belongs to this step: it is taken before the next
+                        # batch is drawn.
+                        checkpoints.save(step, state, batches.get_state(), meta)
+                    if due:
+                        with jax.transfer_guard("allow"):
+                            scores, pictures = evals.run(config, task.subject(state["ema"]), due)
+                        writer.scalars(step, scores)
+                        writer.images(step, pictures)
     return state
 
 
@@ -133,7 +148,7 @@ def train_step(
         batch: arrays whose first dimension is the rows of the global batch.
 
     Returns:
-        The next state, and scalars: those of the task's loss, `grad_norm` before clipping, and `lr`.
+        The next state, and scalars: those of the task's loss, `grad_norm` before clipping, `lr`.
     """
     rows = len(jax.tree.leaves(batch)[0])
     parts = config.train.accumulate
@@ -173,7 +188,8 @@ def train_step(
     ema = optim.ema_update(
         state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
     )
-    return {"step": state["step"] + 1, "params": params, "ema": ema, "opt_state": opt_state}, scalars
+    step = state["step"] + 1
+    return {"step": step, "params": params, "ema": ema, "opt_state": opt_state}, scalars
 
 
 if __name__ == "__main__":
