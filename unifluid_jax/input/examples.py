@@ -238,8 +238,8 @@ class Sequencer:
 
     def _checked(self, text: str) -> list[int]:
         ids = self.text.encode(text)
-        if not ids:
-            raise Unfit("an empty text")
+        if not self.text.decode(ids):
+            raise Unfit("an empty text")  # or one of white space
         if len(ids) > self._limit:
             raise Unfit(
                 f"{len(ids)} tokens, more than config.input.max_prompt_tokens={self._limit}:"

@@ -141,7 +141,7 @@ class LatentCache:
                 "choice of pictures": (info["images"], records.images),
                 "image tokenizer": (info["tokenizer"][:12], fingerprint[:12]),
             }
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"the cached latents in {path} are damaged ({error}): {_AGAIN}"
             ) from error

@@ -1,7 +1,7 @@
 """Text and token ids: SentencePiece models, our small one and Gemma's 256k alike."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import sentencepiece
 
@@ -67,7 +67,7 @@ class TextTokenizer:
         special = (self.boi, self.null, self.separator)
         return [i for i in self._model.EncodeAsIds(text) if i not in special]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids up to the first end of sequence; special tokens leave nothing."""
         ids = [int(i) for i in ids]
         if self.eos in ids:
