@@ -19,7 +19,7 @@ from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
-from absl import logging
+from absl import flags, logging
 from grain import experimental as grain_experimental
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
@@ -37,6 +37,8 @@ Batch = dict[str, np.ndarray]
 FIELDS = tuple(f.name for f in dataclasses.fields(sequence.Sequence) if f.name != "images")
 # What padding holds: zero, but here.
 _PADDING = {"content_position": -1, "target_position": -1, "example_id": -1}
+# So many elements in a row without one to use: there is none, and the search would not end.
+_VAIN = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ def packed_batches(
         process, processes: which share of the examples to read, of how many.
 
     Raises:
-        UserError: the mixture is empty or names unknown data, or an example can exceed a row.
+        UserError: the mixture is empty or names unknown data, or an example can exceed a row; from
+            the iterator: too many records are corrupt, or none can be used.
     """
     c = config.input
     lengths = {name: c.seq_len for name in FIELDS}
@@ -286,7 +289,7 @@ def _share(batch_size: int, processes: int) -> int:
 
 def _elements(
     config: ConfigDict,
-    maps: Sequence[tuple[Int[np.ndarray, "R"], Callable]],
+    maps: Sequence[tuple[Int[np.ndarray, "..."], Callable]],
     process: int,
     processes: int,
 ) -> grain.IterDataset:
@@ -337,15 +340,21 @@ class _UsableIterator(grain.DatasetIterator):
             options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             dataset = self._elements[self._next :].to_iter_dataset(options)
             if self._workers:
+                if not flags.FLAGS.is_parsed():
+                    flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, in notebooks too
                 workers = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=64)
                 dataset = dataset.mp_prefetch(workers)
             self._stream = iter(dataset)
-        while True:
+        for _ in range(_VAIN):
             element = next(self._stream)
             self._next += 1
             if not isinstance(element, Skipped):
                 return element
             self._count(element)
+        raise UserError(
+            f"nothing of config.input.mixture can be used, {_VAIN} examples in a row; the last was"
+            f" {element.where}: {element.reason}"
+        )
 
     def _count(self, element: Skipped) -> None:
         if not element.corrupt:

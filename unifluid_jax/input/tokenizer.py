@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 import sentencepiece
 
@@ -67,7 +68,7 @@ class TextTokenizer:
         special = (self.boi, self.null, self.separator)
         return [i for i in self._model.EncodeAsIds(text) if i not in special]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of some ids up to the first end of sequence; special tokens leave nothing."""
         ids = [int(i) for i in ids]
         if self.eos in ids:
@@ -75,6 +76,6 @@ class TextTokenizer:
         special = (self.pad, self.bos, self.boi, self.null)
         return self._model.DecodeIds([i for i in ids if i not in special]).strip()
 
-    def piece(self, index: int) -> str:
+    def piece(self, index: SupportsIndex) -> str:
         """One token as it is spelled in the model."""
         return self._model.IdToPiece(int(index))
