@@ -122,19 +122,24 @@ def load(path: str | os.PathLike) -> ImageTokenizer:
     try:
         info = json.loads((path / CONFIG).read_text())
         weights = load_file(path / WEIGHTS)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"no image tokenizer at {path}: "
             f"{Path(error.filename or path / WEIGHTS).name} is missing; "
             "train one with experiments/tokenizer_small.py and export it with `unifluid tokenizer`"
         ) from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError) as error:  # ValueError: neither JSON nor even text
         raise UserError(
             f"the image tokenizer at {path} is damaged ({error}): fetch or export it anew"
         ) from None
-    vae = info["vae"]
-    config = VaeConfig(**{**vae, "multipliers": tuple(vae["multipliers"])})
-    abstract = jax.eval_shape(module(config).init, jax.random.key(0))
+    try:
+        config, mean, std = _described(info)
+        abstract = jax.eval_shape(module(config).init, jax.random.key(0))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{path / CONFIG} describes no image tokenizer ({reason}): fetch or export it anew"
+        ) from error
     wanted = trees.flatten(abstract)
     for name in sorted(wanted.keys() ^ weights.keys()):
         state = "missing from" if name in wanted else "unknown in"
@@ -154,11 +159,27 @@ def load(path: str | os.PathLike) -> ImageTokenizer:
     return ImageTokenizer(
         config=config,
         params=jax.device_put(params),
-        channel_mean=np.asarray(info["channel_mean"], np.float32),
-        channel_std=np.asarray(info["channel_std"], np.float32),
+        channel_mean=mean,
+        channel_std=std,
         fingerprint=hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest(),
         info=info,
     )
+
+
+def _described(
+    info: dict[str, Any],
+) -> tuple[VaeConfig, Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
+    """Architecture, and mean and standard deviation of the channels, from config.json."""
+    vae = info["vae"]
+    config = VaeConfig(**{**vae, "multipliers": tuple(vae["multipliers"])})
+    mean, std = (np.asarray(info[name], np.float32) for name in ("channel_mean", "channel_std"))
+    if not mean.shape == std.shape == (config.token_dim,):
+        raise ValueError(
+            f"statistics of {mean.size} and {std.size} channels, tokens have {config.token_dim}"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ValueError("statistics of channels that are no numbers, or deviations not above 0")
+    return config, mean, std
 
 
 def save(

@@ -316,7 +316,7 @@ class Model:
             )
             return jax.device_get(tokens)
 
-        return [sequencer.text.decode(ids) for ids in self._in_batches(run, len(examples))]
+        return [sequencer.text.decode(ids.tolist()) for ids in self._in_batches(run, len(examples))]
 
     def _prefix_length(self, task: str) -> int:
         """P: what the longest prefix of a task takes up, so that one program serves all."""
@@ -356,9 +356,9 @@ def to_array(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
     """
     if isinstance(picture, np.ndarray):
         return _from_array(picture)
-    if isinstance(picture, Image.Image):
-        return _rgb(picture)
     try:
+        if isinstance(picture, Image.Image):
+            return _rgb(picture)
         with Image.open(picture) as opened:
             return _rgb(opened)
     except FileNotFoundError:
@@ -366,8 +366,10 @@ def to_array(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
     except UserError:
         raise
     except Exception as error:
-        # Pillow raises many kinds over damaged files: OSError, SyntaxError, zlib.error.
-        raise UserError(f'"{picture}" cannot be read as a picture: {error}') from error
+        # Pillow raises many kinds over damaged files, an opened one is read only here: OSError,
+        # SyntaxError, zlib.error.
+        name = "a picture" if isinstance(picture, Image.Image) else f'"{picture}"'
+        raise UserError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def _from_array(x: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
