@@ -142,7 +142,9 @@ class Drawings(tfds.core.GeneratorBasedBuilder):
             "questions": sequence({"image": np.int64, "question": text, "answer": text}),
             "edits": sequence({"source": np.int64, "target": np.int64, "instruction": text}),
         }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
 
     def _split_generators(self, dl_manager):
         return {

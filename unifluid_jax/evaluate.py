@@ -28,6 +28,7 @@ from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.evals import grid
 from unifluid_jax.evals.base import EvalConfig, Outcome
 from unifluid_jax.input.records import open_builder
+from unifluid_jax.models.gemma import GemmaConfig
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run to score.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint, by default the latest.")
@@ -94,7 +95,7 @@ def _circumstances(config: ConfigDict, wanted: Mapping[str, EvalConfig]) -> dict
     datasets = sorted({c.dataset for c in wanted.values()})
     return {
         "sampling": configs.to_json(config)["sampling"],
-        "dtype": config.model.backbone.dtype,
+        "dtype": config.model.backbone.get("dtype", GemmaConfig.dtype),
         "evals": {name: dataclasses.asdict(c) for name, c in wanted.items()},
         "data": {name: str(open_builder(name, config.data_dir).info.version) for name in datasets},
         "image_tokenizer": config.image_tokenizer.path,

@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -38,7 +37,8 @@ def check(config: ConfigDict) -> dict[str, EvalConfig]:
     """The evaluations of `config.evals`, by name; to be called before a run begins.
 
     Raises:
-        UserError: an unknown type or field, a missing field, or a data set that is not there.
+        UserError: an unknown type or field, a missing field, a value that makes no sense, or a data
+            set or package that is not there.
     """
     checked = {name: _make(name, fields) for name, fields in config.evals.items()}
     for c in checked.values():
@@ -46,7 +46,8 @@ def check(config: ConfigDict) -> dict[str, EvalConfig]:
     return checked
 
 
-def _make(name: str, fields: Mapping[str, Any]) -> EvalConfig:
+def _make(name: str, fields: ConfigDict) -> EvalConfig:
+    fields = fields.to_dict()
     kind = fields.get("type", "")
     if kind not in TYPES:
         raise UserError(f'config.evals.{name} is of unknown type "{kind}"{nearest(kind, TYPES)}')
@@ -57,7 +58,10 @@ def _make(name: str, fields: Mapping[str, Any]) -> EvalConfig:
     for field in known.values():
         if field.name not in fields and field.default is dataclasses.MISSING:
             raise UserError(f'config.evals.{name} lacks the field "{field.name}"')
-    return TYPES[kind].Config(**dict(fields))
+    for field in ("limit", "every", "pictures"):
+        if fields[field] < 0:
+            raise UserError(f"config.evals.{name}.{field} is {fields[field]}: set it to 0 or more")
+    return TYPES[kind].Config(**fields)
 
 
 def due(evals: ConfigDict, step: int, steps: int) -> dict[str, EvalConfig]:
@@ -76,8 +80,12 @@ def run_one(config: ConfigDict, subject: Model | ImageTokenizer, c: EvalConfig) 
         subject: what is scored; an image tokenizer only by the type "reconstruction".
 
     Raises:
-        UserError: the data are not there or do not fit.
+        UserError: the data are not there or do not fit, or the subject cannot do it.
     """
+    if isinstance(subject, ImageTokenizer) and c.type != "reconstruction":
+        raise UserError(
+            f"an image tokenizer cannot be scored by the type {c.type}: use reconstruction"
+        )
     module = TYPES[c.type]
     begun = time.perf_counter()
     examples = module.read(config, c)

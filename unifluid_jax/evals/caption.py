@@ -5,8 +5,10 @@ Its scale is the library's (10 at most); papers print 100 times that. It depends
 it is computed over: n-grams that many of them share weigh little.
 """
 
+import dataclasses
 import functools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +18,19 @@ from unifluid_jax.evals.base import EvalConfig, Outcome, Tile
 from unifluid_jax.inference import Model
 from unifluid_jax.input.examples import Example
 
-Config = EvalConfig
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(EvalConfig):
+    """Refused at once where its score cannot be computed, not after hours of training.
+
+    Raises:
+        UserError: the package that computes CIDEr is not installed.
+    """
+
+    def __post_init__(self):
+        _scorer()
+
+
 read = functools.partial(base.read, "caption")
 
 
@@ -47,16 +61,20 @@ def cider(captions: list[str], references: list[list[str]]) -> float:
     Raises:
         UserError: the package that computes it is not installed.
     """
+    scorer = _scorer()
+    for caption, truths in zip(captions, references, strict=True):
+        scorer += (words(caption), [words(truth) for truth in truths])
+    return float(scorer.compute_score()[0])
+
+
+def _scorer() -> Any:
     try:
         from pycocoevalcap.cider.cider_scorer import CiderScorer
     except ImportError:
         raise UserError(
             "CIDEr needs the package pycocoevalcap: pip install 'unifluid_jax[eval]'"
         ) from None
-    scorer = CiderScorer()
-    for caption, truths in zip(captions, references, strict=True):
-        scorer += (words(caption), [words(truth) for truth in truths])
-    return float(scorer.compute_score()[0])
+    return CiderScorer()
 
 
 def _by_picture(examples: list[Example]) -> tuple[list[np.ndarray], list[list[str]]]:

@@ -38,13 +38,14 @@ def _section(title: str, tiles: Sequence[Tile], columns: int) -> Image.Image:
     height = max(picture.height for picture in pictures) + _LINE * lines + _GAP
     columns = min(columns, len(tiles))
     top = _GAP + (_TITLE if title else 0)
+    title_font = ImageFont.load_default(size=16)
     size = (
-        _GAP + (width + _GAP) * columns,
+        _GAP + max((width + _GAP) * columns, math.ceil(title_font.getlength(title)) + _GAP),
         top + height * math.ceil(len(tiles) / columns),
     )
     image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
-    pen.text((_GAP, _GAP), title, "black", ImageFont.load_default(size=16))
+    pen.text((_GAP, _GAP), title, "black", title_font)
     for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         x, y = _GAP + (i % columns) * (width + _GAP), top + (i // columns) * height
         image.paste(picture, (x, y))

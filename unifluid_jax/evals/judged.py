@@ -1,7 +1,7 @@
 """What the scores of pictures judged from their pixels share."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -24,7 +24,7 @@ class JudgedConfig(EvalConfig):
 
 
 def agreement(
-    pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]], truths: Sequence[UInt8[np.ndarray, "_H _W 3"]]
+    pictures: Iterable[UInt8[np.ndarray, "_h _w 3"]], truths: Iterable[UInt8[np.ndarray, "_H _W 3"]]
 ) -> dict[str, float]:
     """The shares of pictures that show the `color`, the `shape`, and `both` of their true picture.
 
