@@ -6,10 +6,11 @@ import math
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
@@ -107,7 +108,7 @@ def _words(
     return " ".join(words) if kind == "text" else ", ".join(words)
 
 
-def _piece(tokenizer: TextTokenizer, index: int) -> str:
+def _piece(tokenizer: TextTokenizer, index: SupportsIndex) -> str:
     return tokenizer.piece(index).replace("\n", "\\n")
 
 
@@ -121,7 +122,7 @@ def text(segment: Segment, tokenizer: TextTokenizer) -> str:
     return f"{words} > {tokenizer.decode(answer)}" if len(answer) else words
 
 
-def fill(batch: Batch, input_config: Mapping[str, Any], layout: Layout) -> Table:
+def fill(batch: Batch, input_config: ConfigDict, layout: Layout) -> Table:
     """How full the rows are: positions by modality, and every cap of the packing."""
     rows, length = batch["segment"].shape
     table = Table("", "in a row", "of", "share", box=None)
