@@ -17,7 +17,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 .PHONY: quickstart test lint clean
 
 # Every command keeps what is already done and goes on from there.
-quickstart: $(VENV)/installed-data
+quickstart: $(VENV)/installed-data,eval
 	$(BIN)/unifluid data build easy_vqa openmoji
 	$(BIN)/unifluid train --config=experiments/quickstart.py --workdir=$(RUN)
 	$(BIN)/unifluid evaluate --workdir=$(RUN)

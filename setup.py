@@ -32,10 +32,14 @@ DATA = [
     "resvg-py==0.5.0",
 ]
 
+# CIDEr's scorer, 104 MB: the wheel holds METEOR's and SPICE's Java archives too, which stay unused.
+EVAL = ["pycocoevalcap>=1.2"]
+
 EXTRAS = {
     "cuda": ["jax[cuda]>=0.11.1,<0.13"],
     "data": DATA,
     "demo": ["gradio>=6"],
+    "eval": EVAL,
     "gemma": ["gemma>=4.0"],
     "test": [
         "beartype>=0.22.2",
@@ -43,6 +47,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "ruff>=0.14,<0.18",
         *DATA,
+        *EVAL,
     ],
     "tpu": ["jax[tpu]>=0.11.1,<0.13"],
 }

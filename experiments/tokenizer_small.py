@@ -18,7 +18,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=4000, debug=False)
+    arg = parse_arg(arg, steps=3000, debug=False)
     config = ConfigDict()
     config.task = "tokenizer"
     config.seed = 0
