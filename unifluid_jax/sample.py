@@ -55,7 +55,11 @@ def main(argv: list[str]) -> None:
             state = "needs" if wanted else "takes no"
             raise UserError(f"`unifluid sample {command}` {state} --{flag.name}")
     images = [inference.to_array(path) for path in _IMAGE.value]
-    config = _CONFIG.value
+    config, folder = _CONFIG.value, Path(_OUT.value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; set --out") from error
     model = inference.from_checkpoint(config, _WORKDIR.value, _WEIGHTS.value, _STEP.value)
     if command in ("caption", "answer"):
         if command == "caption":
@@ -65,13 +69,13 @@ def main(argv: list[str]) -> None:
         for asked, text in zip(_asked(), texts, strict=True):
             print(*asked.values(), text, sep="\t")
         lines = [asked | {"text": text} for asked, text in zip(_asked(), texts, strict=True)]
-        _write_lines(lines, command, config, Path(_OUT.value))
+        _write_lines(lines, command, config, folder)
         return
     if command == "generate":
         pictures = model.generate(_PROMPT.value, _N.value, seed=_SEED.value)
     else:
         pictures = model.edit(images, _PROMPT.value, _N.value, seed=_SEED.value)
-    _write_pictures(pictures, command, config, Path(_OUT.value))
+    _write_pictures(pictures, command, config, folder)
 
 
 def _asked() -> Iterator[dict[str, str]]:
@@ -89,7 +93,6 @@ def _asked() -> Iterator[dict[str, str]]:
 def _write_pictures(
     pictures: list[Image.Image], command: str, config: ConfigDict, folder: Path
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png")), default=-1)
     lines, tiles = [], []
     for i, picture in enumerate(pictures):
@@ -121,7 +124,6 @@ def _write_lines(
         "weights": _WEIGHTS.value,
         "sampling": sampling,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "samples.jsonl", "a") as file:
         for line in lines:
             file.write(json.dumps(line | how) + "\n")
