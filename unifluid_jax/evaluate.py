@@ -46,11 +46,16 @@ def main(argv: list[str]) -> None:
     config, console = _CONFIG.value, rich.console.Console(soft_wrap=True, highlight=False)
     wanted = _choose(evals.check(config), _EVALS.value)
     model = inference.from_checkpoint(config, _WORKDIR.value, _WEIGHTS.value, _STEP.value)
+    folder, step = checkpoint.locate(_WORKDIR.value, _STEP.value)
+    out = Path(_OUT.value or Path(_WORKDIR.value) / "evals" / str(step))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; set --out") from error
     outcomes = {}
     for name, c in wanted.items():
         with console.status(f"{name}: {c.type} on {c.dataset}/{c.split}"):
             outcomes[name] = evals.run_one(config, model, c)
-    folder, step = checkpoint.locate(_WORKDIR.value, _STEP.value)
     report = {
         "checkpoint": str(folder),
         "step": step,
@@ -64,8 +69,6 @@ def main(argv: list[str]) -> None:
         "examples": {name: outcome.count for name, outcome in outcomes.items()},
         "seconds": {name: round(outcome.seconds, 1) for name, outcome in outcomes.items()},
     }
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "evals" / str(step))
-    out.mkdir(parents=True, exist_ok=True)
     # Put in place whole: a killed run leaves the file of the run before.
     partial = out / ".scores.json.partial"
     partial.write_text(json.dumps(report, indent=2) + "\n")
