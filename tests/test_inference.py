@@ -89,8 +89,10 @@ def test_the_same_call_gives_the_same_pictures(model):
 
 
 def test_the_numbers_of_equal_prompts_go_on(model, draws):
-    assert_same(model.generate(["a", "b", "a"]), [*model.generate("a", n=2), *model.generate("b")][
-        0:3:2] + model.generate("a", n=2)[1:])  # fmt: skip
+    first, between, second = model.generate(["a", "b", "a"])
+    assert_same([first, second], model.generate("a", n=2))
+    assert_same([between], model.generate("b"))
+    assert_unlike(first, second)
 
 
 def test_edits_depend_on_picture_and_instruction(model):
