@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     # Nats per pixel value: enough to keep the latents' scale, and room between them, in check.
-    config.loss = ConfigDict({"kl_weight": 3e-3})
+    config.loss = ConfigDict({"kl_weight": 0.2})
 
     config.input = ConfigDict(
         {
