@@ -1,7 +1,10 @@
 """Mixtures to packed batches: fixed by the seed, resumed exactly, complete, loud about bad data."""
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,6 +112,22 @@ def test_every_epoch_shows_each_record_once_in_another_order_and_anew(toys, worl
     orders = [tuple(e["target_position"][e["target_position"] >= 0].tolist()) for e in found]
     again = sum(orders[first.index(i)] == orders[24 + second.index(i)] for i in range(24))
     assert again < 8  # by chance: one of 24
+
+
+def test_a_program_may_end_while_batches_are_being_made(toys, world):
+    """Grain alone would abort it: a thread of its own outlives the interpreter."""
+    made = world(toys, batch_size=4)
+    program = (
+        "import pickle, sys; from unifluid_jax.input import pipeline;"
+        "batches = pipeline.packed_batches(*pickle.load(sys.stdin.buffer)); next(batches)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        input=pickle.dumps((made.config, made.sequencer)),
+        capture_output=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
 
 
 # Mixture and processes.
