@@ -164,6 +164,8 @@ def test_the_first_moment_has_the_dtype_asked_for(params):
         (((".*/w", {}),), 'no rule covers "backbone/scale"'),
         ((("bakcbone/.*", {"freeze": True}), (".*", {})), "matches no leaf"),
         (((".*", {"frezee": True}),), '"frezee" of ".." is unknown .did you mean "freeze"'),
+        (((".*", {"muon": (0,)}),), r"muon=\(0,\) of backbone/scale \[3\]"),
+        (((".*/w", {"muon": (0, 1)}), (".*", {})), r"muon=\(0, 1\) of backbone/w \[4, 3\]"),
     ],
 )
 def test_wrong_rules_are_errors(params, rules, message):
@@ -171,10 +173,39 @@ def test_wrong_rules_are_errors(params, rules, message):
         optim.make(make_config(rules=rules), params, 10)
 
 
+def test_muon_makes_orthogonal_updates_of_the_size_of_adams():
+    """Dims (1, 2) of the parameter are a matrix's inputs; its two layers are matrices apart."""
+    params = {"w": jnp.zeros((2, 3, 4, 16)), "b": jnp.zeros(5)}
+    config = make_config(rules=(("w", {"muon": (1, 2)}), (".*", {})), clip=0.0)
+    tx = optim.make(config, params, 10)
+    state = tx.init(params)
+    grads = gradients(params)
+    grads["w"] = grads["w"].at[1].mul(100.0)  # a layer's size does not matter
+    updates, _ = tx.update(grads, state, params)
+    for layer in range(2):
+        matrix = np.asarray(updates["w"][layer]).reshape(12, 16)
+        size = np.linalg.svd(matrix, compute_uv=False) / (0.2 * config.lr * np.sqrt(16))
+        # Newton and Schulz's five steps bring singular values to 1, give or take.
+        assert 0.6 < size.min() and size.max() < 1.3
+        assert np.sum(matrix * np.asarray(grads["w"][layer]).reshape(12, 16)) < 0
+    alone = optim.make(make_config(clip=0.0), {"b": params["b"]}, 10)
+    bias = {"b": params["b"]}
+    expected, _ = alone.update({"b": grads["b"]}, alone.init(bias), bias)
+    np.testing.assert_array_equal(updates["b"], expected["b"])
+
+
+def test_muon_keeps_one_moment(params):
+    config = make_config(rules=((".*/w", {"muon": (0,)}), (".*", {})))
+    state = trees.flatten(jax.eval_shape(optim.make(config, params, 10).init, params))
+    kept = {name.partition("inner_state/")[2] for name in state if name.endswith("/w")}
+    assert kept == {"mu/backbone/w", "mu/head/w"}
+    assert not any("nu/" in name and name.endswith("/w") for name in state)
+
+
 def test_rules_survive_the_stored_config(params):
     from unifluid_jax.config import from_json, to_json
 
-    config = make_config(rules=((".*/scale", {"decay": 0.0}), (".*", {})))
+    config = make_config(rules=((".*/scale", {"decay": 0.0}), (".*", {"muon": (0,)})))
     a, _ = run(optim.make(config, params, 10), params)
     b, _ = run(optim.make(from_json(to_json(config)), params, 10), params)
     jax.tree.map(np.testing.assert_array_equal, a, b)

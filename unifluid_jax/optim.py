@@ -1,9 +1,11 @@
 """AdamW, its schedule, and the average of the weights; who decays or is frozen is said by rules.
 
-UniFluid is known to train with AdamW at 1e-4; everything else here is our choice.
+UniFluid is known to train with AdamW at 1e-4; everything else here is our choice. Muon (Jordan et
+al. 2024) in place of Adam, for matrices that a rule names, is an extension.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from unifluid_jax import trees
 from unifluid_jax.errors import UserError, nearest
@@ -81,11 +84,26 @@ class _Rule:
         decay: multiplies the weight decay.
         lr_scale: multiplies the learning rate.
         freeze: the parameter never changes and has no optimizer state.
+        muon: which dims of a matrix are its inputs; the dims behind them are its outputs, those
+            before them are stacked layers. Its momentum is made orthogonal (Muon) and scaled to
+            the size of Adam's updates (Liu et al. 2025), so that `lr` and `decay` mean the same.
+            Empty: Adam.
     """
 
     decay: float = 1.0
     lr_scale: float = 1.0
     freeze: bool = False
+    muon: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        # A stored config brings a list.
+        object.__setattr__(self, "muon", tuple(self.muon))
+
+    def matrix(self, dims: int) -> MuonDimensionNumbers | None:
+        """Inputs and outputs of a parameter of so many dims, None where Adam is to update it."""
+        if not self.muon or self.freeze:
+            return None
+        return MuonDimensionNumbers(self.muon, tuple(range(max(self.muon) + 1, dims)))
 
 
 def _match(config: ConfigDict, params: Tree) -> Tree:
@@ -123,24 +141,50 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
             impossible schedule.
     """
     rules = _match(config, params)
+    names = trees.paths(params)
+
+    def check(rule: _Rule, name: str, param: Any) -> None:
+        wanted = tuple(range(min(rule.muon, default=0), param.ndim - 1))[: len(rule.muon)]
+        if rule.muon != wanted:
+            raise UserError(
+                f"config.optim.rules: muon={rule.muon} of {name} {list(param.shape)}: name dims in "
+                "a row, with at least one behind them"
+            )
+
+    jax.tree.map(check, rules, names, params)
     freeze = jax.tree.map(lambda rule: rule.freeze, rules)
-    train = jax.tree.map(lambda rule: not rule.freeze, rules)
+    muon = jax.tree.map(lambda rule, p: rule.matrix(p.ndim) is not None, rules, params)
+    adam = jax.tree.map(lambda rule, is_muon: not (rule.freeze or is_muon), rules, muon)
+
+    matrices = jax.tree.map(
+        lambda rule, p: rule.matrix(p.ndim) or optax.MaskedNode(), rules, params
+    )
 
     def decay_and_scale(updates: Tree, params: Tree) -> Tree:
         def leaf(rule: _Rule, update: jax.Array, param: jax.Array) -> jax.Array:
             if rule.freeze:
                 return update
+            if (matrix := rule.matrix(param.ndim)) is not None:
+                sides = (matrix.reduction_axis, matrix.output_axis)
+                larger = max(math.prod(param.shape[d] for d in side) for side in sides)
+                update *= 0.2 * math.sqrt(larger)
             return (update + config.weight_decay * rule.decay * param) * rule.lr_scale
 
         return jax.tree.map(leaf, rules, updates, params)
 
+    by_muon = optax.identity()
+    if any(jax.tree.leaves(muon)):
+        by_muon = optax.masked(
+            scale_by_muon(mu_dtype=config.mu_dtype, weight_dimension_numbers=matrices), muon
+        )
     return optax.chain(
         # First, so that neither the norm nor the weights see a frozen parameter's gradient.
         optax.masked(optax.set_to_zero(), freeze),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.masked(
-            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype), train
+            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype), adam
         ),
+        by_muon,
         optax.stateless(decay_and_scale),
         optax.scale_by_learning_rate(schedule(config, total_steps)),
     )

@@ -36,6 +36,8 @@ class GemmaConfig:
         attention_cap, final_cap: soft caps of attention and vocabulary logits; None is no cap
             (Gemma-1).
         post_norms: RMSNorm after attention and MLP too (Gemma-2).
+        post_norm_init: what a fresh one of these multiplies by. Below 1, fresh layers leave the
+            residual stream mostly as it is: for models that start from nothing (our choice).
         scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled
             (CPU: a scan body runs on one core).
         remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every
@@ -56,6 +58,7 @@ class GemmaConfig:
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
     post_norms: bool = True
+    post_norm_init: float = 1.0
     rope_base: float = 10_000.0
     scan_layers: bool = True
     remat: str | None = None
@@ -106,8 +109,9 @@ def attend(
 class RmsNorm(nnx.Module):
     """RMSNorm with Gemma's `1 + scale`, eps 1e-6, in float32."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.scale = param(_zeros, rngs.params(), (width,), ("embed",))
+    def __init__(self, width: int, *, rngs: nnx.Rngs, factor: float = 1.0):
+        init = jax.nn.initializers.constant(factor - 1.0)
+        self.scale = param(init, rngs.params(), (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -144,8 +148,8 @@ class Block(nnx.Module):
         self.up = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
         self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp", "embed"))
         if c.post_norms:
-            self.post_attention_norm = RmsNorm(c.width, rngs=rngs)
-            self.post_mlp_norm = RmsNorm(c.width, rngs=rngs)
+            self.post_attention_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
+            self.post_mlp_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ backbone, z the backbone's output.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ class UniFluidConfig:
 
     Attributes:
         image_tokens: N, grid cells of an image.
-        position_init: standard deviation of fresh content and target position embeddings.
+        position_init: scale of fresh content and target position embeddings. They are learned, and
+            begin as sines and cosines of the cell's row and column (our choice): neighbours are
+            alike from the start, and matching a cell with itself is a linear map away.
         target_in_head: add the target position once more to z before the head, as MAR does.
     """
 
@@ -36,7 +39,7 @@ class UniFluidConfig:
     vision: SiglipConfig
     head: HeadConfig
     image_tokens: int
-    position_init: float = 0.02
+    position_init: float = 1.0
     target_in_head: bool = True
 
 
@@ -59,14 +62,20 @@ class UniFluid(nnx.Module):
     def __init__(self, config: UniFluidConfig, *, rngs: nnx.Rngs):
         self.config = config
         width = config.backbone.width
-        positions = jax.nn.initializers.normal(config.position_init)
         shape, axes = (config.image_tokens, width), (None, "embed")
+
+        def positions(*, half: int):
+            return lambda key, shape, dtype: (
+                config.position_init * _grid_waves(*shape, half).astype(dtype)
+            )
+
         self.backbone = Gemma(config.backbone, rngs=rngs)
         self.vision = Siglip(config.vision, rngs=rngs)
         self.vision_proj = Linear(config.vision.width, width, None, rngs=rngs)
         self.latent_in = Linear(config.head.token_dim, width, None, rngs=rngs)
-        self.content_embed = param(positions, rngs.params(), shape, axes)
-        self.target_embed = param(positions, rngs.params(), shape, axes)
+        # In a half of the dims each: they are added to one input and must not be mistaken.
+        self.content_embed = param(positions(half=0), rngs.params(), shape, axes)
+        self.target_embed = param(positions(half=1), rngs.params(), shape, axes)
         self.head = DiffusionHead(config.head, rngs=rngs)
 
     def embed(self, batch: Batch, latents_BLC: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
@@ -141,3 +150,18 @@ def _rows(table: nnx.Param, index_BT: jax.Array, dtype: str) -> jax.Array:
     """Rows of an embedding table; zeros where the index is negative."""
     rows = table[...].astype(dtype)[jnp.maximum(index_BT, 0)]
     return jnp.where((index_BT >= 0)[:, :, None], rows, jnp.zeros((), dtype))
+
+
+def _grid_waves(cells: int, width: int, half: int) -> Float[Array, "N D"]:
+    """Sines and cosines of the row and column of every cell of a square grid.
+
+    They fill the first (0) or second (1) half of the dims. Frequencies are evenly spaced up to half
+    a turn a cell: different rows, and different columns, are nearly orthogonal.
+    """
+    side, count = math.isqrt(cells), width // 8
+    place = jnp.stack(jnp.divmod(jnp.arange(cells), side), axis=1).astype(jnp.float32)
+    frequency = jnp.pi * jnp.arange(1, count + 1, dtype=jnp.float32) / count
+    phase = (place[:, :, None] * frequency[None, None]).reshape(cells, 2 * count)
+    waves = jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=1)
+    start = half * (width // 2)
+    return jnp.pad(waves, ((0, 0), (start, width - start - waves.shape[1])))
