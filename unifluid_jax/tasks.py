@@ -4,7 +4,7 @@ A task sees configs and pytrees. `totals` and `loss` are pure and are traced ins
 """
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from unifluid_jax.parts import assemble, make_part
 Batch = dict[str, jax.Array]
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model to be trained.
 
@@ -115,11 +116,11 @@ class TokenizerTask:
     def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         return {"examples": len(batch["images"])}
 
-    def totals(self, batch: Batch) -> int:
-        return batch["images"].size
+    def totals(self, batch: Batch) -> float:
+        return float(batch["images"].size)
 
     def loss(
-        self, params: Params, batch: Batch, key_B: jax.Array, total: int
+        self, params: Params, batch: Batch, key_B: jax.Array, total: float
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         pixels = image_tokenizer.to_pixels(batch["images"])
         return losses.autoencoder(

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks
 from unifluid_jax import config as configs
+from unifluid_jax.errors import UserError
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -50,6 +51,9 @@ def train(config: ConfigDict, workdir: Path) -> State:
     task = tasks.make(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.input.batch_size, config.train.accumulate, mesh)
+    for name in ("steps", "log_every", "checkpoint_every", "keep"):
+        if config.train[name] < 1:
+            raise UserError(f"config.train.{name} is {config.train[name]}: set it to 1 or more")
     evals.check(config)
     checkpoint.check_workdir(workdir, config)
 
@@ -91,6 +95,8 @@ def train(config: ConfigDict, workdir: Path) -> State:
         ):
 
             def report(step: int, scalars: dict[str, jax.Array], speeds: dict[str, float]) -> None:
+                # Waits for the step: the host stays one step ahead of the devices and no more.
+                scalars = jax.device_get(scalars)
                 losses = {name: x for name, x in scalars.items() if name.startswith("loss")}
                 progress.update(step, losses, speeds)
                 if step % config.train.log_every == 0 or step == config.train.steps:
