@@ -39,6 +39,7 @@ EXTRAS = {
     "cuda": ["jax[cuda]>=0.11.1,<0.13"],
     "data": DATA,
     "demo": ["gradio>=6"],
+    "docs": ["matplotlib>=3.10"],
     "eval": EVAL,
     "gemma": ["gemma>=4.0"],
     "test": [

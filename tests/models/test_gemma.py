@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unifluid_jax import trees
 from unifluid_jax.models import gemma
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
@@ -173,3 +174,11 @@ def test_axes_name_every_dimension(params):
         params,
         functional().axes,
     )
+
+
+def test_fresh_layers_may_begin_quiet():
+    fresh = jax.jit(functional(post_norm_init=0.25).init)(jax.random.key(0))
+    scales = {name: x for name, x in trees.flatten(fresh).items() if name.endswith("norm/scale")}
+    for name, scale in scales.items():
+        np.testing.assert_array_equal(scale, -0.75 if "/post_" in name else 0, err_msg=name)
+    assert sum("/post_" in name for name in scales) == 2

@@ -195,3 +195,21 @@ def test_every_parameter_learns_from_a_mixed_batch(model, params):
     gradient = jax.grad(lambda p: unified(model, p, pack([examples()], 48))[0])(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert jnp.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_fresh_positions_tell_rows_and_columns_apart():
+    """4 x 4 cells: a cell is most like itself, half alike in its own row, unlike elsewhere."""
+    backbone = dataclasses.replace(CONFIG.backbone, width=64)
+    config = dataclasses.replace(CONFIG, backbone=backbone, image_tokens=16, position_init=2.0)
+    fresh = jax.jit(Functional(lambda rngs: UniFluid(config, rngs=rngs)).init)(jax.random.key(0))
+    content, target = (np.asarray(fresh[f"{name}_embed"]) for name in ("content", "target"))
+    # One input carries both: they have no dim in common.
+    assert not (content * target).any() and (content @ content.T == target @ target.T).all()
+    alike = (content @ content.T / np.sum(content[0] ** 2)).reshape(4, 4, 4, 4)
+    for row, column in np.ndindex(4, 4):
+        here = alike[row, column]
+        np.testing.assert_allclose(here[row, column], 1, atol=1e-5)
+        elsewhere = np.delete(np.delete(here, row, 0), column, 1)
+        beside = np.append(np.delete(here[row], column), np.delete(here[:, column], row))
+        assert abs(beside - 0.5).max() < 0.15 and abs(elsewhere).max() < 0.25
+    np.testing.assert_allclose(np.abs(content).max(), 2.0, rtol=1e-3)

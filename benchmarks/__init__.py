@@ -1,0 +1,1 @@
+"""Measurements and plots of the repository, each made by one command."""
