@@ -371,3 +371,54 @@ def test_a_new_field_makes_another_run_too():
     del saved["model"]["layers"]
     with pytest.raises(UserError, match="model.layers was '.absent.', now 2"):
         checkpoint.check_same_run(saved, run_config())
+
+
+def test_a_workdir_is_claimed_before_its_first_checkpoint(tmp_path):
+    for workdir in (tmp_path, tmp_path / "nowhere"):
+        checkpoint.check_workdir(workdir, run_config())
+    assert not list(tmp_path.iterdir()), "a check leaves nothing"
+    checkpoint.claim(tmp_path, run_config())
+    checkpoint.check_workdir(tmp_path, run_config())
+    checkpoint.check_workdir(str(tmp_path), run_config(**{"train.steps": 20}))
+    with pytest.raises(UserError, match="another run: seed was 0, now 1; take another --workdir$"):
+        checkpoint.check_workdir(tmp_path, run_config(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert config.load(str(tmp_path / "config.json")).model.width == 8
+
+
+def test_a_claim_follows_what_may_change(tmp_path):
+    checkpoint.claim(tmp_path, run_config())
+    checkpoint.claim(tmp_path, run_config(**{"train.steps": 20}))
+    assert config.load(str(tmp_path / "config.json")).train.steps == 20
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_workdir_without_its_config_is_known_by_its_checkpoint(tmp_path, empty):
+    if empty:
+        (tmp_path / "checkpoints").mkdir()
+    else:
+        meta = {"config": config.to_json(run_config())}
+        with Checkpointer(tmp_path, keep=1) as checkpointer:
+            checkpointer.save(1, {"w": jnp.zeros(2)}, None, meta)
+    checkpoint.check_workdir(tmp_path, run_config())
+    if empty:
+        checkpoint.check_workdir(tmp_path, run_config(seed=1))
+    else:
+        with pytest.raises(UserError, match="another run: seed was 0, now 1"):
+            checkpoint.check_workdir(tmp_path, run_config(seed=1))
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0, "mod', "[]", "3"])
+def test_a_damaged_config_of_a_workdir_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is damaged .*: delete it to go on") as error:
+        checkpoint.check_workdir(tmp_path, run_config())
+    assert "\n" not in str(error.value)
+    (tmp_path / "config.json").unlink()
+    checkpoint.check_workdir(tmp_path, run_config())
+
+
+def test_only_process_0_claims(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoint.claim(tmp_path, run_config())
+    assert not list(tmp_path.iterdir())

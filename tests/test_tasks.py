@@ -1,0 +1,144 @@
+"""The tasks: what they take from a config, count in a batch, and hand to evaluations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from unifluid_jax import tasks
+from unifluid_jax.errors import UserError
+from unifluid_jax.image_tokenizer import ImageTokenizer
+from unifluid_jax.inference import Model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unifluid(world):
+    return tasks.make(tiny.unifluid(world))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return tasks.make(tiny.tokenizer(world))
+
+
+def test_the_config_names_the_task(unifluid, tokenizer):
+    assert isinstance(unifluid, tasks.UniFluidTask)
+    assert isinstance(tokenizer, tasks.TokenizerTask)
+    assert isinstance(unifluid, tasks.Task) and isinstance(tokenizer, tasks.Task)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (tiny.unifluid, {"task": "unifuild"}, 'config.task is "unifuild".*unifluid'),
+        (tiny.unifluid, {"model.head": {"widht": 8, "depth": 1}}, 'no option "widht".*width'),
+        (
+            tiny.unifluid,
+            {"model.vision": {"image_size": 16, "patch_size": 8}},
+            "model.vision: .*missing",
+        ),
+        (tiny.unifluid, {"diffusion": {"process": "ddmp"}}, "no diffusion process called 'ddmp'"),
+        (tiny.unifluid, {"input.order": "spiral"}, 'config.input.order is "spiral"'),
+        (tiny.unifluid, {"tokenizer": {"path": "nowhere"}}, "no such file; set config.tokenizer"),
+        (tiny.tokenizer, {"model": {"chanels": 8}}, 'config.model has no option "chanels"'),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(world, make, changes, message):
+    config = make(world).unlock()
+    for key, value in changes.items():
+        *groups, field = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        del node[field]
+        node[field] = value
+    with pytest.raises(UserError, match=message):
+        tasks.make(config.lock())
+
+
+def test_counts_of_a_packed_batch(unifluid):
+    batch = tiny.batch(unifluid._parts.sequencer.layout)
+    # Rows hold 1, 2, 3, 1, ... of: 4 + 4 + 2 positions with 3 text targets; 5 + 4 with 4 image
+    # targets; 4 + 4 + 5 + 4 with 4.
+    assert unifluid.count(batch) == {
+        "examples": 3 * 1 + 3 * 2 + 2 * 3,
+        "tokens": 8 * 10 + 5 * 9 + 2 * 17,
+        "text_targets": 8 * 3,
+        "image_targets": 5 * 4 + 2 * 4,
+    }
+
+
+def test_counts_of_the_pipelines_batches(unifluid, tokenizer):
+    batch = next(unifluid.batches(0, 1))
+    counts = unifluid.count(batch)
+    assert counts["examples"] == np.count_nonzero(batch["example_id"][..., 0] >= 0)
+    assert counts["text_targets"] == batch["text_weight"].sum()
+    assert counts["image_targets"] == batch["image_weight"].sum()
+    assert tokenizer.count(next(tokenizer.batches(0, 1))) == {"examples": 8}
+
+
+def test_processes_share_the_rows_of_a_batch(unifluid, tokenizer):
+    for task, name in ((unifluid, "tokens"), (tokenizer, "images")):
+        whole = next(task.batches(0, 1))[name]
+        shares = [next(task.batches(i, 2))[name] for i in range(2)]
+        assert [len(share) for share in shares] == [4, 4] and len(whole) == 8
+        assert not np.array_equal(*shares)
+
+
+def test_batches_go_on_from_a_state(unifluid):
+    batches = unifluid.batches(0, 1)
+    next(batches)
+    state = batches.get_state()
+    expected = next(batches)
+    again = unifluid.batches(0, 1)
+    again.set_state(state)
+    found = next(again)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_totals(unifluid, tokenizer):
+    batch = tiny.batch(unifluid._parts.sequencer.layout)
+    total = unifluid.totals(jax.tree.map(jnp.asarray, batch))
+    assert (total["text"], total["image"]) == (24, 28)
+    assert tokenizer.totals({"images": jnp.zeros((8, 16, 16, 3), jnp.uint8)}) == 8 * 16 * 16 * 3
+
+
+def test_the_tokenizers_loss_adds_up_over_the_parts_of_a_batch(tokenizer):
+    params = tiny.vae_params()
+    images = jnp.stack([tiny.picture(i) for i in range(4)])
+    keys = jax.random.split(jax.random.key(0), 4)
+    total = tokenizer.totals({"images": images})
+    # Every part has two rows: one program for all.
+    loss = jax.jit(lambda images, keys: tokenizer.loss(params, {"images": images}, keys, total)[1])
+    halves = [loss(images[i::2], keys[i::2]) for i in range(2)]
+    pairs = [loss(images[i : i + 2], keys[i : i + 2]) for i in (0, 2)]
+    for name in ("loss", "mse", "kl"):
+        added = [float(sum(part[name] for part in parts)) for parts in (halves, pairs)]
+        assert added[0] == pytest.approx(added[1], rel=1e-5)
+        assert added[0] > 0
+
+
+def test_axes_name_every_dimension_of_every_parameter(unifluid, tokenizer):
+    for task in (unifluid, tokenizer):
+        shapes = jax.eval_shape(task.model.init, jax.random.key(0))
+        axes = jax.tree.map(len, task.model.axes, is_leaf=lambda x: isinstance(x, tuple))
+        assert axes == jax.tree.map(lambda leaf: leaf.ndim, shapes)
+
+
+def test_what_evaluations_score(unifluid, tokenizer):
+    assert isinstance(unifluid.subject({}), Model)
+    params = tiny.vae_params()
+    subject = tokenizer.subject(params)
+    assert isinstance(subject, ImageTokenizer)
+    assert subject.config == tiny.VAE and subject.params is params
+    np.testing.assert_array_equal(subject.channel_mean, np.zeros(32))
+    np.testing.assert_array_equal(subject.channel_std, np.ones(32))

@@ -1,0 +1,483 @@
+"""The trainer: the step against slower and simpler twins, whole runs, runs that are cut short."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from unifluid_jax import checkpoint, optim, sharding, tasks, trees
+from unifluid_jax import config as configs
+from unifluid_jax.errors import UserError
+
+train = tiny.program("train")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Data set, latents and image tokenizer. Not to be changed."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.build(folder)
+    return folder
+
+
+class Stepper:
+    """The train step of a config on some devices, which donates nothing."""
+
+    def __init__(self, config, devices=1, start=None):
+        self.task = tasks.make(config)
+        self.batch = tiny.batch(self.task._parts.sequencer.layout)
+        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+        sharding.check_batch(len(self.batch["tokens"]), config.train.accumulate, self.mesh)
+        key = jax.random.key(config.seed)
+        shapes = jax.eval_shape(self.task.model.init, key)
+        optimizer = optim.make(config.optim, shapes, config.train.steps)
+
+        def init(key):
+            return train.init(self.task, optimizer, key)
+
+        shapes = jax.eval_shape(init, key)
+        placed = sharding.shardings(self.task.model.axes, shapes["params"], self.mesh)
+        self.where = sharding.state_shardings(shapes, placed, self.mesh)
+        if start is None:
+            start = jax.jit(init, out_shardings=self.where)(key)
+        self.start = jax.device_put(jax.device_get(start), self.where)
+        self._step = jax.jit(
+            lambda state, batch: train.train_step(config, self.task, optimizer, state, batch),
+            out_shardings=(self.where, sharding.replicated(self.mesh)),
+        )
+
+    def __call__(self, steps, batch=None):
+        """States and scalars of some steps from the start, always on the same batch."""
+        batch = sharding.shard_batch(batch or self.batch, self.mesh)
+        states, scalars = [self.start], []
+        for _ in range(steps):
+            state, found = self._step(states[-1], batch)
+            states.append(state)
+            scalars.append({name: float(x) for name, x in found.items()})
+        return states, scalars
+
+
+@pytest.fixture(scope="module")
+def reference(world):
+    """One device, float32, the batch in one piece, "ddpm"."""
+    return Stepper(tiny.unifluid(world, **{"train.steps": 30, "mesh.data": 1}))
+
+
+@pytest.fixture(scope="module")
+def frozen(world):
+    """As `reference`, but "flow", a frozen vision tower, and a warm-up of the average."""
+    changes = {
+        "train.steps": 30,
+        "mesh.data": 1,
+        "diffusion": {"process": "flow"},
+        "train.ema_warmup": True,
+        "optim.rules": (("vision/.*", {"freeze": True}), (".*", {})),
+    }
+    return Stepper(tiny.unifluid(world, **changes))
+
+
+# --- one step ---
+
+# step: (loss, loss_text, loss_visual, grad_norm)
+GOLDEN = {
+    1: (2.440523, 7.386468, 0.963229, 0.725944),
+    2: (2.376839, 6.866520, 1.003535, 0.723525),
+}
+
+
+def test_golden_numbers_of_two_steps(reference):
+    names = ("loss", "loss_text", "loss_visual", "grad_norm")
+    _, scalars = reference(2)
+    found = {i: tuple(s[name] for name in names) for i, s in enumerate(scalars, start=1)}
+    table = "\n".join(
+        f"    {i}: ({', '.join(f'{x:.6f}' for x in row)})," for i, row in found.items()
+    )
+    np.testing.assert_allclose(
+        list(found.values()),
+        list(GOLDEN.values()),
+        rtol=1e-4,
+        err_msg=f"Training computes something else than before. If that is meant, say in the "
+        f"commit why, and set in tests/test_train.py\nGOLDEN = {{\n{table}\n}}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [
+        ((1, 1, 1), 4),
+        ((1, 8, 1), 1),
+        ((2, 2, 2), 2),
+        ((1, 2, 4), 1),
+    ],
+)
+def test_cut_over_devices_or_in_parts_a_step_is_the_same(world, reference, sizes, accumulate):
+    changes = {
+        "mesh": dict(zip(sharding.AXES, sizes, strict=True)),
+        "train.accumulate": accumulate,
+        "train.steps": 30,
+    }
+    config = tiny.unifluid(world, **changes)
+    other = Stepper(config, devices=int(np.prod(sizes)), start=reference.start)
+    for kernel in ("params", "ema"):
+        place = other.start[kernel]["head"]["cond_in"]["kernel"].sharding
+        assert place.num_devices == np.prod(sizes)
+        assert place.is_fully_replicated == (sizes[1] * sizes[2] == 1)
+    (_, *wanted), scalars = reference(2)
+    (_, *states), others = other(2)
+    for a, b in zip(scalars, others, strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=1e-5)
+    for a, b in zip(wanted, states, strict=True):
+        for name, leaf in trees.flatten(a).items():
+            np.testing.assert_allclose(
+                leaf, trees.flatten(b)[name], atol=1e-5, rtol=1e-5, err_msg=name
+            )
+    for leaf, place in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(other.where), strict=True):
+        assert leaf.sharding == place
+
+
+def test_rows_beside_it_do_not_change_a_rows_noise(reference):
+    """Only rows 0 to 2 have targets left: what fills the others is nothing to their loss."""
+    batch = jax.tree.map(np.copy, reference.batch)
+    for name in ("text_weight", "image_weight"):
+        batch[name][3:] = 0
+    _, (alone,) = reference(1, batch)
+    batch["latent_mean"][3:] += 1
+    batch["tokens"][3:] += 1
+    _, (beside,) = reference(1, batch)
+    _, (all_rows,) = reference(1)
+    assert alone == beside
+    assert alone["loss"] != all_rows["loss"]
+
+
+def test_every_step_has_noise_of_its_own(reference):
+    scalars = []
+    batch = sharding.shard_batch(reference.batch, reference.mesh)
+    for step in (0, 0, 5):
+        place = reference.where["step"]
+        state = {**reference.start, "step": jax.device_put(np.int32(step), place)}
+        scalars.append(float(reference._step(state, batch)[1]["loss_visual"]))
+    assert scalars[0] == scalars[1] != scalars[2]
+
+
+@pytest.mark.parametrize("name", ["reference", "frozen"])
+def test_the_loss_of_one_batch_goes_down(request, name):
+    _, scalars = request.getfixturevalue(name)(30)
+    first, last = scalars[0], {key: np.mean([s[key] for s in scalars[-5:]]) for key in scalars[0]}
+    assert last["loss_text"] < 0.25 * first["loss_text"]
+    assert last["loss_visual"] < 0.95 * first["loss_visual"]
+    assert last["accuracy_text"] > 0.9
+    assert all(np.isfinite(list(s.values())).all() for s in scalars)
+
+
+def test_scalars_and_step(reference):
+    states, scalars = reference(3)
+    weights = {name: reference.batch[f"{name}_weight"] for name in ("text", "image")}
+    for i, found in enumerate(scalars):
+        assert states[i + 1]["step"] == i + 1
+        assert found["lr"] == pytest.approx((0.005, 0.01, 0.01)[i])
+        assert found["loss"] == pytest.approx(found["loss_visual"] + 0.2 * found["loss_text"])
+        for name, weight in weights.items():
+            assert found[f"{name}_targets"] == np.count_nonzero(weight)
+
+
+def test_frozen_parameters_stand_still_and_have_no_state(frozen):
+    states, _ = frozen(3)
+    before, after = (trees.flatten(states[i]["params"]) for i in (0, -1))
+    for name in before:
+        same = np.array_equal(before[name], after[name])
+        assert same == name.startswith("vision/"), name
+    moments = [name for name in trees.flatten(states[-1]["opt_state"]) if "/mu/" in name]
+    assert len(moments) == sum(not name.startswith("vision/") for name in before)
+    assert not [name for name in moments if "/vision/" in name]
+
+
+def test_frozen_parameters_do_not_count_in_the_gradients_norm(frozen):
+    """The norm before clipping, from the first moments: mu = 0.1 * clipped gradient."""
+    states, (scalars,) = frozen(1)
+    mu = {n: x for n, x in trees.flatten(states[1]["opt_state"]).items() if "/mu/" in n}
+    norm = np.sqrt(sum(np.square(x).sum() for x in mu.values())) / 0.1
+    assert norm == pytest.approx(min(1.0, scalars["grad_norm"]), rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "decays"), [("reference", (0.9, 0.9)), ("frozen", (0.1, 2 / 11))])
+def test_the_average_of_the_weights(request, name, decays):
+    states, _ = request.getfixturevalue(name)(2)
+    expected = jax.device_get(states[0]["params"])
+    for decay, state in zip(decays, states[1:], strict=True):
+        params = jax.device_get(state["params"])
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state["ema"], expected
+        )
+
+
+def test_computing_in_bfloat16_keeps_the_state_in_float32(world, reference):
+    parts = ("backbone", "vision", "head")
+    changes = {f"model.{part}.dtype": "bfloat16" for part in parts}
+    config = tiny.unifluid(world, **{**changes, "mesh.data": 1, "train.steps": 30})
+    states, low = Stepper(config, start=reference.start)(2)
+    for name, leaf in trees.flatten(states[-1]).items():
+        assert leaf.dtype == (jnp.int32 if leaf.ndim == 0 else jnp.float32), name
+    _, full = reference(2)
+    for key in ("loss", "loss_text", "loss_visual", "grad_norm"):
+        for a, b in zip(low, full, strict=True):
+            assert a[key] == pytest.approx(b[key], rel=0.03), key
+        # In the first step the head returns zeros in any precision.
+        assert low[1][key] != full[1][key], f"{key}: nothing was computed in bfloat16"
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """A cache of compiled programs: the runs below differ in where they stop, not in the step."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (folder, 0, -1), strict=True):
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def run(config, workdir):
+    """Trains; the last state, the records of metrics.jsonl, and every batch that was drawn."""
+    batches = []
+    shard = sharding.shard_batch
+
+    def spy(batch, mesh):
+        batches.append(batch)
+        return shard(batch, mesh)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "shard_batch", spy)
+        state = train.train(config, workdir)
+    return jax.device_get(state), records(workdir), batches
+
+
+def records(workdir):
+    """The lines of metrics.jsonl, but for speeds and scores."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: x for name, x in line.items() if not name.endswith("/s") and name != "input_wait"}
+        for line in lines
+        if "loss" in line
+    ]
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for name, leaf in trees.flatten(a).items():
+        np.testing.assert_array_equal(leaf, trees.flatten(b)[name], err_msg=name)
+
+
+def saved_iterator(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "iterator" / "metadata").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(world, programs, tmp_path_factory):
+    """8 steps in one go, with an evaluation on the way: (workdir, state, records, batches)."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    evals = {"quiz": tiny.score("vqa", every=5), "later": tiny.score("vqa", every=0)}
+    config = tiny.unifluid(world, evals=evals)
+    return workdir, *run(config, workdir)
+
+
+# Step 7 takes for ever: there is time to kill it.
+VICTIM = """
+import sys, time
+from unifluid_jax import __main__, metrics
+read, steps = metrics.Meter.read, []
+def slow(*args):
+    steps.append(1)
+    if len(steps) == 7:
+        time.sleep(600)
+    return read(*args)
+metrics.Meter.read = slow
+sys.argv[:1] = ["unifluid", "train"]
+__main__.main()
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(world, programs, whole, tmp_path):
+    """2N steps = N, saved + 2, killed in the third + N."""
+    workdir = tmp_path / "killed"
+    config = tiny.unifluid(world)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(configs.to_json(config)))
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": programs,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    arguments = [f"--config={file}", f"--workdir={workdir}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", VICTIM, *arguments], env=environment, stderr=subprocess.PIPE
+    )
+    try:
+        lines = workdir / "metrics.jsonl"
+        while not (lines.exists() and len(lines.read_bytes().splitlines()) == 6):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.02)
+        while not (workdir / "checkpoints" / "4").exists():
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert [line["step"] for line in records(workdir)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "config.json").read_text()) == configs.to_json(config)
+    assert checkpoint.locate(workdir, None)[1] == 4
+
+    state, resumed, batches = run(config, workdir)
+    other, expected, in_one_go, all_batches = whole
+    assert_same(state, expected)
+    assert resumed == in_one_go
+    assert [line["step"] for line in resumed] == list(range(1, 9))
+    assert len(batches) == 4
+    for a, b in zip(batches, all_batches[4:], strict=True):
+        assert_same(a, b)
+    assert (all_batches[4]["example_id"] != all_batches[0]["example_id"]).any()
+    assert saved_iterator(workdir, 8) == saved_iterator(other, 8)
+
+
+def test_a_run_is_one_step_after_another(whole, reference):
+    """The loop, on 8 devices and with an evaluation in it, against a plain loop on one."""
+    _, expected, lines, batches = whole
+    state = reference.start
+    for batch, line in zip(batches, lines, strict=True):
+        fields = {name: x for name, x in batch.items() if name != "example_id"}
+        state, scalars = reference._step(state, sharding.shard_batch(fields, reference.mesh))
+        found = {name: float(x) for name, x in scalars.items()}
+        assert found == pytest.approx({n: x for n, x in line.items() if n != "step"}, rel=1e-4)
+    for name, leaf in trees.flatten(state).items():
+        other = trees.flatten(expected)[name]
+        np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_the_state_after_a_run_is_its_last_checkpoint(whole):
+    workdir, state, *_ = whole
+    assert int(state["step"]) == checkpoint.locate(workdir, None)[1] == 8
+    abstract = jax.eval_shape(lambda: state["ema"])
+    assert_same(checkpoint.restore_params(workdir, abstract, "ema"), state["ema"])
+    assert_same(checkpoint.restore_params(workdir, abstract, "params"), state["params"])
+    assert not np.array_equal(state["ema"]["content_embed"], state["params"]["content_embed"])
+
+
+def test_an_evaluation_during_training_writes_scores_and_pictures(whole):
+    """Every 5 steps and at the end; "every": 0 is for `unifluid evaluate` alone."""
+    workdir, *_ = whole
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in scores] == [5, 8]
+    for line in scores:
+        assert line.keys() == {"step", "quiz/accuracy"}
+        assert 0 <= line["quiz/accuracy"] <= 1
+    names = sorted(path.name for path in (workdir / "images").iterdir())
+    assert names == ["quiz_0000005.png", "quiz_0000008.png"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(world, programs, whole, tmp_path):
+    workdir, expected, lines, _ = whole
+    shutil.copytree(workdir, tmp_path / "copy")
+    state, after, batches = run(tiny.unifluid(world), tmp_path / "copy")
+    assert_same(state, expected)
+    assert after == lines and not batches
+
+
+def test_the_tokenizer_stops_and_goes_on_bit_for_bit(world, programs, tmp_path):
+    evals = {"seen": tiny.score("reconstruction", every=2)}
+    common = {"train.checkpoint_every": 100, "train.log_every": 2}
+    config = tiny.tokenizer(world, evals=evals, **{**common, "train.steps": 4})
+    expected, lines, all_batches = run(config, tmp_path / "whole")
+    first, _, batches = run(
+        tiny.tokenizer(world, **{**common, "train.steps": 2}), tmp_path / "parts"
+    )
+    assert int(first["step"]) == len(batches) == 2
+    state, resumed, more = run(
+        tiny.tokenizer(world, **{**common, "train.steps": 4}), tmp_path / "parts"
+    )
+    assert_same(state, expected)
+    assert resumed == lines
+    assert [line["step"] for line in lines] == [2, 4]
+    for a, b in zip([*batches, *more], all_batches, strict=True):
+        assert_same(a, b)
+    text = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert text.count('"seen/psnr"') == 2
+    names = sorted(path.name for path in (tmp_path / "whole" / "images").iterdir())
+    assert names == ["seen_0000002.png", "seen_0000004.png"]
+    assert configs.to_json(checkpoint.stored_config(tmp_path / "parts")) == json.loads(
+        (tmp_path / "parts" / "config.json").read_text()
+    )
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "unified"}, 'config.task is "unified" .*"unifluid"'),
+        ({"input.batch_size": 12}, "batch_size = 12 does not divide by the 8 replicas"),
+        ({"train.accumulate": 2}, "= 8 does not divide by the 8 replicas .*accumulate = 2"),
+        ({"mesh.data": 3}, "data=3.* does not fit 8 devices"),
+        ({"evals": {"a": tiny.score("vqas")}}, 'config.evals.a is of unknown type "vqas"'),
+        ({"evals": {"a": tiny.score("vqa", dataset="x")}}, "data set x is not built"),
+        ({"optim.warmup_steps": 9}, "do not fit into a run of 8 steps"),
+        ({"optim.rules": (("vision/.*", {}),)}, 'no rule covers "backbone/'),
+        ({"input.mixture": ()}, "config.input.mixture is empty"),
+        ({"input.seq_len": 16}, "takes up to .*, config.input.seq_len is 16"),
+        ({"data_dir": "/nowhere"}, "data set tiny is not built in /nowhere"),
+        ({"image_tokenizer.path": "/nowhere"}, "no image tokenizer at /nowhere"),
+        ({"train.log_every": 0}, "config.train.log_every is 0: set it to 1 or more"),
+        ({"train.checkpoint_every": 0}, "config.train.checkpoint_every is 0: set it to 1 or"),
+        ({"train.keep": 0}, "config.train.keep is 0: set it to 1 or"),
+        ({"train.steps": 0, "optim.warmup_steps": 0}, "config.train.steps is 0: set it to 1 or"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_before_anything_is_written(
+    world, tmp_path, changes, message
+):
+    with pytest.raises(UserError, match=message) as error:
+        train.train(tiny.unifluid(world, **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_latents_are_named_before_anything_is_written(world, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(world, data, ignore=shutil.ignore_patterns("latents"))
+    with pytest.raises(UserError, match="no cached latents of tiny .*unifluid data latents"):
+        train.train(tiny.unifluid(data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_workdir_of_another_run_is_left_as_it_is(world, whole):
+    workdir, *_ = whole
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    for config in (tiny.unifluid(world, seed=1), tiny.tokenizer(world)):
+        with pytest.raises(UserError, match="the workdir holds another run: .* take another --w"):
+            train.train(config, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
