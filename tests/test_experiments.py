@@ -144,7 +144,7 @@ def test_debug_is_small(name):
     config, full = load(name, "debug"), load(name)
     assert config.train.steps <= 50 < full.train.steps
     assert config.train.checkpoint_every < config.train.steps
-    assert config.input.batch_size < full.input.batch_size
+    assert config.input.batch_size <= full.input.batch_size
     assert all(0 < fields["limit"] <= 32 for fields in config.evals.values())
 
 

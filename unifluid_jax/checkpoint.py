@@ -309,7 +309,9 @@ def check_workdir(workdir: PathLike, config: ConfigDict) -> None:
     file = epath.Path(workdir) / _CONFIG
     if file.exists():
         try:
-            saved = configs.to_json(configs.from_json(json.loads(file.read_text())))
+            saved = json.loads(file.read_text())
+            if not isinstance(saved, dict):
+                raise ValueError("no JSON object")
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): delete it to go on") from error
     elif (epath.Path(workdir) / _FOLDER).is_dir() and _steps(epath.Path(workdir) / _FOLDER):

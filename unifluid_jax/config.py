@@ -208,7 +208,7 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json(sort_keys=True))
 
 
-def from_json(values: Mapping[str, Any]) -> ConfigDict:
+def from_json(values: Any) -> ConfigDict:
     """The locked config that `to_json` stored; sequences become tuples, which flags can override.
 
     Raises:
