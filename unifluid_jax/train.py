@@ -1,7 +1,7 @@
 """Trains a model, or goes on where its workdir stopped.
 
     unifluid train --config=experiments/quickstart.py --workdir=runs/quickstart
-    unifluid train --config=experiments/quickstart.py:debug --workdir=/tmp/debug
+    unifluid train --config=experiments/quickstart.py:debug --workdir=runs/debug
 
 One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars); the state
 is a dict of pytrees: `step`, `params`, `ema` and `opt_state`. What is trained, a UniFluid or an
