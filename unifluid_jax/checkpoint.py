@@ -37,6 +37,8 @@ _CONFIG = "config.json"
 RESUMABLE = (
     "data_dir",
     "evals",
+    "input.max_corrupt",
+    "input.workers",
     "mesh",
     "sampling",
     "train.checkpoint_every",
