@@ -10,6 +10,7 @@ import pytest
 
 from unifluid_jax import losses
 from unifluid_jax.diffusion import process_from
+from unifluid_jax.models.pair import Pair
 from unifluid_jax.models.unifluid import UniFluid
 from unifluid_jax.models.vae import Vae
 
@@ -283,3 +284,41 @@ def test_an_exact_reconstruction_of_unit_gaussians_costs_nothing():
     model.decode = lambda tokens: images
     loss, _ = losses.autoencoder(model, images, KEYS, 36.0, kl_weight=1.0)
     assert loss == 0
+
+
+# The contrastive loss.
+
+
+class Towers(Pair):
+    """Embeddings are given; logits are their products."""
+
+    def __init__(self):
+        pass
+
+    def embed_images(self, images):
+        return images.mean(axis=(1, 2))
+
+    def embed_texts(self, tokens_BT):
+        return jnp.asarray(EMBEDDINGS)[tokens_BT[:, 0]]
+
+    def logits(self, images_BW, texts_KW):
+        return images_BW @ texts_KW.T
+
+
+EMBEDDINGS = RNG.normal(size=(V, 3)).astype(np.float32)
+
+
+def test_the_contrastive_loss_is_that_of_plain_loops():
+    images = jnp.asarray(RNG.uniform(-1, 1, (4, 2, 2, 3)).astype(np.float32))
+    tokens = jnp.array([[1, 2], [3, 2], [1, 2], [1, 4]])  # the first and the third are alike
+    pictures, captions = np.asarray(images).mean((1, 2)), EMBEDDINGS[[1, 3, 1, 1]]
+    total, hits = 0.0, 0
+    for i in range(4):
+        odds = [float(pictures[i] @ captions[j]) for j in range(4)]
+        same = [bool((tokens[i] == tokens[j]).all()) for j in range(4)]
+        for logit, right in zip(odds, same, strict=True):
+            total += np.log1p(np.exp(-logit if right else logit))
+        hits += same[int(np.argmax(odds))]
+    loss, scalars = losses.contrastive(Towers(), images, tokens, 4.0)
+    np.testing.assert_allclose(loss, total / 4, rtol=1e-5)
+    assert scalars["loss"] == loss and scalars["accuracy"] == hits / 4

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,11 @@ class ImageTokenizer:
                 f"the image tokenizer reads {size} x {size} pictures, "
                 f"got {images.shape[1]} x {images.shape[2]}: resize them first"
             )
-        return _in_chunks(functools.partial(_encode, self.config, self.params), images, self.batch)
+        return in_chunks(functools.partial(_encode, self.config, self.params), images, self.batch)
 
     def decode(self, tokens: Float[np.ndarray, "B N C"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Pictures of raw tokens, clipped to the range of pixels."""
-        return _in_chunks(functools.partial(_decode, self.config, self.params), tokens, self.batch)
+        return in_chunks(functools.partial(_decode, self.config, self.params), tokens, self.batch)
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,7 +100,7 @@ def to_bytes(pixels: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _in_chunks(function, x: np.ndarray, size: int):
+def in_chunks(function: Callable, x: np.ndarray, size: int) -> Any:
     """`function` over the leading axis in chunks of one size.
 
     The last one is filled up: one compilation for any number.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from unifluid_jax.diffusion import DDPM, Flow
+from unifluid_jax.models.pair import Pair
 from unifluid_jax.models.unifluid import UniFluid
 from unifluid_jax.models.vae import Vae
 from unifluid_jax.sequence import slots
@@ -120,6 +121,34 @@ def autoencoder(
     kl = kl_BNC.sum() / total
     loss = jnp.abs(error).sum() / total + square + kl_weight * kl
     return loss, {"loss": loss, "mse": square, "kl": kl}
+
+
+def contrastive(
+    model: Pair,
+    images: Float[Array, "B H W 3"],
+    tokens_BT: Int[Array, "B T"],
+    total: float,
+) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """SigLIP's sigmoid loss (Zhai et al. 2023, eq. 1): every picture with every caption.
+
+    Our choice: all pictures of one caption are positives of it, not just the one it came with; on
+    pictures of a few dozen captions the others would be false negatives.
+
+    Args:
+        images: pictures, values in [-1, 1].
+        tokens_BT: their captions, padded.
+        total: pictures in the whole batch.
+
+    Returns:
+        The loss, nats a picture, and scalars: `loss`, `accuracy` (share of pictures whose best
+        caption of the batch is a right one).
+    """
+    logits_BB = model.logits(model.embed_images(images), model.embed_texts(tokens_BT))
+    same_BB = (tokens_BT[:, None] == tokens_BT[None]).all(axis=-1)
+    loss = -jax.nn.log_sigmoid(jnp.where(same_BB, logits_BB, -logits_BB)).sum() / total
+    best_B = logits_BB.argmax(axis=1)
+    hits = jnp.take_along_axis(same_BB, best_B[:, None], axis=1).sum()
+    return loss, {"loss": loss, "accuracy": hits / total}
 
 
 def _normal(key_B: jax.Array, shape: tuple[int, ...]) -> Float[Array, "B *shape"]:  # noqa: F821

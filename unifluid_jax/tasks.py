@@ -12,11 +12,15 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from unifluid_jax import image_tokenizer, losses
+from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
 from unifluid_jax.input import pipeline
+from unifluid_jax.input.tokenizer import TextTokenizer
 from unifluid_jax.models.functional import Functional, Params
+from unifluid_jax.models.pair import Pair, TextTowerConfig
+from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble, make_part
 
@@ -47,7 +51,7 @@ class Task(Protocol):
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """The loss of some rows, and scalars; all add up over the parts of a batch."""
 
-    def subject(self, params: Params) -> Model | ImageTokenizer:
+    def subject(self, params: Params) -> Model | ImageTokenizer | Contrastive:
         """What the evaluations of `config.evals` score."""
 
 
@@ -134,4 +138,37 @@ class TokenizerTask:
         )
 
 
-_TASKS = {"unifluid": UniFluidTask, "tokenizer": TokenizerTask}
+class SiglipTask:
+    """A SigLIP, on pictures with their captions."""
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self._text = TextTokenizer(config.tokenizer.path)
+        c = config.model
+        vision = make_part(SiglipConfig, "config.model.vision", c.vision)
+        text = make_part(
+            TextTowerConfig, "config.model.text", c.text, vocab_size=self._text.vocab_size
+        )
+        self.model = Functional(lambda rngs: Pair(vision, text, rngs=rngs))
+
+    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.captioned_batches(self._config, self._text, process, processes)
+
+    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        return {"examples": len(batch["images"])}
+
+    def totals(self, batch: Batch) -> float:
+        return float(len(batch["images"]))
+
+    def loss(
+        self, params: Params, batch: Batch, key_B: jax.Array, total: float
+    ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+        pixels = image_tokenizer.to_pixels(batch["images"])
+        return losses.contrastive(self.model.bind(params), pixels, batch["tokens"], total)
+
+    def subject(self, params: Params) -> Contrastive:
+        c = self._config.model
+        return Contrastive(self.model, params, self._text, c.vision.image_size, c.text.tokens)
+
+
+_TASKS = {"unifluid": UniFluidTask, "tokenizer": TokenizerTask, "siglip": SiglipTask}

@@ -13,8 +13,14 @@ from array_record.python import array_record_module
 from unifluid_jax.errors import UserError
 from unifluid_jax.input import pipeline, records, show
 from unifluid_jax.input.examples import prompt_text
-from unifluid_jax.input.pipeline import FIELDS, packed_batches, picture_batches
+from unifluid_jax.input.pipeline import (
+    FIELDS,
+    captioned_batches,
+    packed_batches,
+    picture_batches,
+)
 from unifluid_jax.input.records import Records
+from unifluid_jax.input.tokenizer import TextTokenizer
 from unifluid_jax.sequence import Modality
 
 TASKS = ("caption", "vqa", "generate", "edit")
@@ -599,3 +605,43 @@ def test_broken_pictures_are_counted_too(damaged, world, warnings):
     assert len(pictures(made, 2)) == 48
     (warning,) = warnings
     assert warning.startswith("skipped toys/train record 7, which is corrupt (image ")
+
+
+# Pictures with captions.
+
+
+def captioned(made):
+    made.config.model.text = {"tokens": 8}
+    return captioned_batches(made.config, TextTokenizer(made.config.tokenizer.path))
+
+
+def test_a_captioned_picture_comes_with_a_caption_of_its_own(toys, world):
+    mixture = ({"dataset": "toys", "split": "train", "weight": 1.0},)
+    made = world(toys, mixture=mixture, image_size=16, flip=False, shift=2, batch_size=24)
+    text = TextTokenizer(made.config.tokenizer.path)
+    batch = next(captioned(made))
+    assert batch["images"].shape == (24, 16, 16, 3) and batch["tokens"].shape == (24, 8)
+    seen = set()
+    for image, tokens in zip(batch["images"], batch["tokens"], strict=True):
+        value = int(image[0, 0, 0])
+        record, picture = value % 100, value // 100
+        assert record % 2 or picture == 0  # an even record's second picture has no caption
+        whole = [
+            *text.encode(
+                f"a {('red', 'green', 'blue', 'teal', 'brown')[record % 5]}"
+                f" shape {record} {picture}"
+            ),
+            text.eos,
+        ]
+        wanted = [*whole[:7], text.eos] if len(whole) > 8 else whole
+        assert tokens.tolist() == wanted + [text.pad] * (8 - len(wanted))
+        seen.add(record)
+    assert len(seen) == 24
+
+
+def test_broken_captioned_pictures_are_counted(damaged, world, warnings):
+    mixture = ({"dataset": "toys", "split": "train", "weight": 1.0},)
+    fields = {"mixture": mixture, "image_size": 16, "flip": False, "shift": 0, "batch_size": 23}
+    batches = captioned(world(damaged(pictures=[6]), max_corrupt=1, **fields))
+    assert len(next(batches)["images"]) == len(next(batches)["images"]) == 23
+    assert len(warnings) == 1 and "record 6, which is corrupt" in warnings[0]

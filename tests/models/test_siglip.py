@@ -171,3 +171,26 @@ def test_wrong_sizes():
             jax.random.key(0),
             jnp.zeros((1, 16, 16, 3)),
         )
+
+
+def test_pooling_averages_squares_of_patches(images):
+    config = dataclasses.replace(CONFIG, image_size=16, patch_size=4)
+    shapes = jax.eval_shape(functional(config).init, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.float32(rng.normal(0.1, 0.4, x.shape)), shapes)
+    images = jax.random.uniform(jax.random.key(3), (2, 16, 16, 3), minval=-1.0)
+    pooled = dataclasses.replace(config, pool=2)
+    assert (config.tokens, pooled.tokens) == (16, 4)
+    found = functional(pooled).bind(params)(images)
+    every = np.asarray(functional(config).bind(params)(images)).reshape(2, 4, 4, -1)
+    for row in range(2):
+        for column in range(2):
+            square = every[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_allclose(
+                found[:, 2 * row + column], square.mean((1, 2)), rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_pool_that_does_not_divide_the_patches_is_refused():
+    with pytest.raises(ValueError, match="pool 2 does not divide 3 patches"):
+        functional(dataclasses.replace(CONFIG, pool=2)).init(jax.random.key(0))

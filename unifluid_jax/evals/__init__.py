@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
-from unifluid_jax.evals import caption, edit, generate, grid, reconstruction, vqa
+from unifluid_jax.evals import caption, edit, generate, grid, match, reconstruction, vqa
 from unifluid_jax.evals.base import EvalConfig, Outcome
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
@@ -28,8 +29,17 @@ TYPES: Mapping[str, ModuleType] = {
     "caption": caption,
     "edit": edit,
     "generate": generate,
+    "match": match,
     "reconstruction": reconstruction,
     "vqa": vqa,
+}
+
+Subject = Model | ImageTokenizer | Contrastive
+# What can be scored, in words, and by which types.
+_SUBJECTS: Mapping[type, tuple[str, tuple[str, ...]]] = {
+    Model: ("a UniFluid", ("caption", "edit", "generate", "reconstruction", "vqa")),
+    ImageTokenizer: ("an image tokenizer", ("reconstruction",)),
+    Contrastive: ("a SigLIP", ("match",)),
 }
 
 
@@ -72,20 +82,19 @@ def due(evals: ConfigDict, step: int, steps: int) -> dict[str, EvalConfig]:
     }
 
 
-def run_one(config: ConfigDict, subject: Model | ImageTokenizer, c: EvalConfig) -> Outcome:
+def run_one(config: ConfigDict, subject: Subject, c: EvalConfig) -> Outcome:
     """One evaluation.
 
     Args:
         config: says where the data lie.
-        subject: what is scored; an image tokenizer only by the type "reconstruction".
+        subject: what is scored; an image tokenizer only by "reconstruction", a SigLIP by "match".
 
     Raises:
         UserError: the data are not there or do not fit, or the subject cannot do it.
     """
-    if isinstance(subject, ImageTokenizer) and c.type != "reconstruction":
-        raise UserError(
-            f"an image tokenizer cannot be scored by the type {c.type}: use reconstruction"
-        )
+    kind, types = _SUBJECTS[type(subject)]
+    if c.type not in types:
+        raise UserError(f"{kind} cannot be scored by the type {c.type}: use {' or '.join(types)}")
     module = TYPES[c.type]
     begun = time.perf_counter()
     examples = module.read(config, c)
@@ -96,7 +105,7 @@ def run_one(config: ConfigDict, subject: Model | ImageTokenizer, c: EvalConfig) 
 
 
 def run(
-    config: ConfigDict, subject: Model | ImageTokenizer, evals: Mapping[str, EvalConfig]
+    config: ConfigDict, subject: Subject, evals: Mapping[str, EvalConfig]
 ) -> tuple[dict[str, float], dict[str, UInt8[np.ndarray, "_h _w 3"]]]:
     """Some evaluations: their scores as "name/score", and a sheet of pictures of each."""
     scores, sheets = {}, {}

@@ -270,7 +270,7 @@ def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
     vision = config.model.vision
     layout = Layout(
         **text.layout_ids,
-        vision_tokens=(vision.image_size // vision.patch_size) ** 2,
+        vision_tokens=(vision.image_size // vision.patch_size // vision.get("pool", 1)) ** 2,
         image_tokens=images.config.image_tokens,
         token_dim=images.config.token_dim,
         bidirectional_prefix=config.model.bidirectional_prefix,

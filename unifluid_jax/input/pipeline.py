@@ -30,6 +30,7 @@ from unifluid_jax.input import examples
 from unifluid_jax.input.examples import TASKS, Example, Sequencer, Unfit
 from unifluid_jax.input.latents import LatentCache
 from unifluid_jax.input.records import TASK_PARTS, Records, resized
+from unifluid_jax.input.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -142,6 +143,27 @@ def picture_batches(
         fields = json.dumps(entry.get("fields"))
         records = _open_records(config.data_dir, entry["dataset"], entry["split"], fields)
         maps.append((np.arange(len(records)), _ToPicture(records, config.input)))
+    dataset = _elements(config, maps, process, processes)
+    return _Ahead(iter(dataset.batch(_share(config.input.batch_size, processes))))
+
+
+def captioned_batches(
+    config: ConfigDict, text: TextTokenizer, process: int = 0, processes: int = 1
+) -> grain.DatasetIterator:
+    """Batches of random pictures with a caption each: for a SigLIP.
+
+    `images` uint8 [B, H, W, 3] and `tokens` int32 [B, T], the caption and EOS, cut or padded to
+    `config.model.text.tokens`. `config.input` as for `picture_batches`.
+
+    Raises:
+        UserError: the mixture is empty, names unknown data, or has no captions.
+    """
+    maps = []
+    for entry in mixture(config):
+        fields = json.dumps(entry.get("fields"))
+        records = _open_records(config.data_dir, entry["dataset"], entry["split"], fields)
+        captioned = _ToCaptioned(records, config.input, text, config.model.text.tokens)
+        maps.append((records.with_task("caption"), captioned))
     dataset = _elements(config, maps, process, processes)
     return _Ahead(iter(dataset.batch(_share(config.input.batch_size, processes))))
 
@@ -265,6 +287,12 @@ class _ToPicture:
             image = record.image(int(rng.integers(len(record.images))))
         except ValueError as error:
             return Skipped(f"{self._records.name} record {index}", str(error), corrupt=True)
+        return {"images": self._varied(image, rng)}
+
+    def _varied(
+        self, image: UInt8[np.ndarray, "_h _w 3"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "H W 3"]:
+        """A picture resized, and mirrored and moved as the config allows."""
         image = resized(image, self._size)
         if self._flip and rng.random() < 0.5:
             image = image[:, ::-1]
@@ -272,7 +300,28 @@ class _ToPicture:
             y, x = rng.integers(2 * self._shift + 1, size=2)
             padding = ((self._shift,) * 2, (self._shift,) * 2, (0, 0))
             image = np.pad(image, padding, mode="edge")[y : y + self._size, x : x + self._size]
-        return {"images": np.ascontiguousarray(image)}
+        return np.ascontiguousarray(image)
+
+
+class _ToCaptioned(_ToPicture):
+    """Maps a record index to one of the record's captions and the picture it is about."""
+
+    def __init__(
+        self, records: Records, input_config: ConfigDict, text: TextTokenizer, tokens: int
+    ):
+        super().__init__(records, input_config)
+        self._text, self._tokens = text, tokens
+
+    def __call__(
+        self, index: SupportsIndex, rng: np.random.Generator
+    ) -> dict[str, np.ndarray] | Skipped:
+        try:
+            record = self._records[index]
+            which, caption = record.captions[int(rng.integers(len(record.captions)))]
+            image = self._varied(record.image(which), rng)
+        except ValueError as error:
+            return Skipped(f"{self._records.name} record {index}", str(error), corrupt=True)
+        return {"images": image, "tokens": self._text.padded(caption, self._tokens)}
 
 
 def _open_records(data_dir: str, dataset: str, split: str, fields: str) -> Records:

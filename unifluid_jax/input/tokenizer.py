@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterable
 from typing import SupportsIndex
 
+import numpy as np
 import sentencepiece
+from jaxtyping import Int
 
 from unifluid_jax.errors import UserError
 
@@ -67,6 +69,11 @@ class TextTokenizer:
         """Ids of a text; never a special token, whatever stands in the text."""
         special = (self.boi, self.null, self.separator)
         return [i for i in self._model.EncodeAsIds(text) if i not in special]
+
+    def padded(self, text: str, length: int) -> Int[np.ndarray, "T"]:
+        """Ids of a text and EOS, cut or padded to `length` (the text tower of a SigLIP)."""
+        ids = [*self.encode(text)[: length - 1], self.eos]
+        return np.array(ids + [self.pad] * (length - len(ids)), np.int32)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of some ids up to the first end of sequence; special tokens leave nothing."""

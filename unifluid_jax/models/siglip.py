@@ -9,6 +9,7 @@ Letters: B pictures; H W pixels; P values of a patch; M patches of a picture; W 
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ class SiglipConfig:
         image_size: side of the square pictures, pixels. What `patch_size` does not divide is cut
             off at the right and the bottom (So400m/14 at 384: 27 x 27 patches).
         patch_size: side of a patch, pixels.
+        pool: side of the squares of patches whose features are averaged into one, as Gemma-3 does
+            with its SigLIP's; 1 keeps all of them.
         scan_layers: run the blocks as one `lax.scan` (compiles once per block, whatever the depth)
             or unrolled (faster on CPU, where a scan's body runs on one core). The parameters are
             the same.
@@ -42,6 +45,7 @@ class SiglipConfig:
     depth: int
     heads: int
     mlp_dim: int
+    pool: int = 1
     scan_layers: bool = False
     dtype: str = "float32"
 
@@ -53,7 +57,7 @@ class SiglipConfig:
     @property
     def tokens(self) -> int:
         """M, features of a picture."""
-        return self.grid**2
+        return (self.grid // self.pool) ** 2
 
 
 class Siglip(nnx.Module):
@@ -67,6 +71,8 @@ class Siglip(nnx.Module):
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         if config.width % config.heads:
             raise ValueError(f"width {config.width} is not divisible by heads {config.heads}")
+        if config.grid % config.pool:
+            raise ValueError(f"pool {config.pool} does not divide {config.grid} patches a side")
         dtype = jnp.dtype(config.dtype)
         self.config = config
         axes = (None, "vision_embed")
@@ -75,14 +81,14 @@ class Siglip(nnx.Module):
         self.positions = param(
             nnx.initializers.normal(config.width**-0.5),
             rngs.params(),
-            (config.tokens, config.width),
+            (config.grid**2, config.width),
             axes,
         )
         self.blocks = stack(lambda r: Block(config, rngs=r), config.depth, rngs)
-        self.final_norm = _norm(config.width, dtype, rngs)
+        self.final_norm = norm(config.width, dtype, rngs)
 
     def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B M D"]:
-        """Patch features in raster order.
+        """Patch features, or their means over squares of patches, in raster order.
 
         Args:
             images_BHWC: pictures of `image_size`, values in [-1, 1].
@@ -101,7 +107,7 @@ class Siglip(nnx.Module):
         else:
             for block in unstack(self.blocks, config.depth):
                 x_BMW = block(x_BMW)
-        return self.final_norm(x_BMW)
+        return _pooled(self.final_norm(x_BMW), config.pool)
 
 
 class Block(nnx.Module):
@@ -110,14 +116,14 @@ class Block(nnx.Module):
     def __init__(self, config: SiglipConfig, *, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         head = (config.heads, width // config.heads)
-        self.attention_norm = _norm(width, dtype, rngs)
+        self.attention_norm = norm(width, dtype, rngs)
         axes = ("vision_embed", "vision_heads", "head_dim")
         self.query = _projection(width, head, -1, axes, dtype, rngs)
         self.key = _projection(width, head, -1, axes, dtype, rngs)
         self.value = _projection(width, head, -1, axes, dtype, rngs)
         axes = ("vision_heads", "head_dim", "vision_embed")
         self.attention_out = _projection(head, width, (-2, -1), axes, dtype, rngs)
-        self.mlp_norm = _norm(width, dtype, rngs)
+        self.mlp_norm = norm(width, dtype, rngs)
         tiny = nnx.initializers.normal(1e-6)
         axes = ("vision_embed", "vision_mlp")
         self.mlp_in = _linear(width, config.mlp_dim, axes, _XAVIER, tiny, dtype, rngs)
@@ -129,6 +135,14 @@ class Block(nnx.Module):
         x_BMW = x_BMW + self.attention_out(h)
         h = self.mlp_in(self.mlp_norm(x_BMW))
         return x_BMW + self.mlp_out(jax.nn.gelu(h, approximate=True))
+
+
+def _pooled(x_BPW: Float[Array, "B P W"], size: int) -> Float[Array, "B M W"]:
+    """Means over squares of `size` x `size` of a square grid of features."""
+    b, count, width = x_BPW.shape
+    side = math.isqrt(count) // size
+    x = x_BPW.reshape(b, side, size, side, size, width)
+    return x.mean(axis=(2, 4)).reshape(b, side * side, width)
 
 
 def _patches(images_BHWC: Float[Array, "B H W 3"], size: int, grid: int) -> Float[Array, "B M P"]:
@@ -181,7 +195,8 @@ def _projection(
     )
 
 
-def _norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(width: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """The LayerNorm of both towers of a SigLIP."""
     return nnx.LayerNorm(
         width,
         epsilon=1e-6,

@@ -1,0 +1,57 @@
+"""A trained SigLIP: pictures against captions, and its vision tower as files.
+
+The files are Hugging Face's layout of a SigLIP vision tower (`config.json`, `model.safetensors`),
+what `config.init.siglip` of a UniFluid reads, of ours or of a released one.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from unifluid_jax.image_tokenizer import in_chunks, to_pixels
+from unifluid_jax.input.tokenizer import TextTokenizer
+from unifluid_jax.models.functional import Functional, Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contrastive:
+    """A pair of towers with its parameters.
+
+    Attributes:
+        image_size: side of the pictures it reads, pixels.
+        tokens: to which captions are padded.
+        batch: pictures or captions embedded at a time.
+    """
+
+    model: Functional
+    params: Params
+    text: TextTokenizer
+    image_size: int
+    tokens: int
+    batch: int = 64
+
+    def logits(
+        self, images: UInt8[np.ndarray, "B H W 3"], captions: list[str]
+    ) -> Float[np.ndarray, "B K"]:
+        """How well each picture goes with each caption: log odds."""
+        tokens_KT = np.stack([self.text.padded(caption, self.tokens) for caption in captions])
+        images_BD = in_chunks(
+            functools.partial(_images, self.model, self.params), images, self.batch
+        )
+        texts_KD = in_chunks(
+            functools.partial(_texts, self.model, self.params), tokens_KT, self.batch
+        )
+        return np.asarray(self.model.bind(self.params).logits(images_BD, texts_KD))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _images(model: Functional, params: Params, images: jax.Array) -> jax.Array:
+    return model.bind(params).embed_images(to_pixels(images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _texts(model: Functional, params: Params, tokens_KT: jax.Array) -> jax.Array:
+    return model.bind(params).embed_texts(tokens_KT)
