@@ -4,11 +4,13 @@ Both spell the same names when their keys are joined by "/"; the flat ones, as w
 checkpoints were released, begin with "transformer/" and put a "w" below the MLP's.
 
 Projections keep the axes of heads; keys and values, gate and up are one tensor each. With as many
-key heads as query heads all three projections are one. Gemma-1 has gate and up as [D, F], later
-ones as [F, D].
+key heads as query heads all three projections are one. Gemma-1 and Gemma-2 2B have gate and up as
+[D, F], the others as [F, D].
 """
 
-from unifluid_jax.interop.rules import Rule, Table
+from collections.abc import Mapping
+
+from unifluid_jax.interop.rules import Leaf, Rule, Table
 
 _LAYER = "layer_{layer}/"
 
@@ -58,10 +60,20 @@ def _table(name: str, *parts: tuple[Rule, ...]) -> Table:
     return Table(f"gemma package, {name}", sum(parts, _COMMON), _SPELLINGS, _IGNORED)
 
 
-# Written by the rule that the package itself has: gate and up are transposed unless said otherwise.
 TABLES = (
     _table("[F, D] gates", _GROUPED, _TRANSPOSED),
     _table("[D, F] gates", _GROUPED, _PLAIN),
     _table("[F, D] gates, qkv in one", _FUSED, _TRANSPOSED),
     _table("[D, F] gates, qkv in one", _FUSED, _PLAIN),
 )
+
+
+# Widths of Gemma-2 9B and 27B.
+_TRANSPOSED_WIDTHS = (3584, 4608)
+
+
+def written(leaves: Mapping[str, Leaf]) -> Table:
+    """The table that the package's model of these sizes reads."""
+    q, k = leaves["layers/q"].shape, leaves["layers/k"].shape
+    transposed = "layers/q_norm/scale" in leaves or q[1] in _TRANSPOSED_WIDTHS
+    return TABLES[2 * (q == k) + (not transposed)]

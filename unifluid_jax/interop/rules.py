@@ -225,10 +225,16 @@ def split(
         return [((i, *at), r) for i in range(leaf.shape[0]) for at, r in split(inner)]
     if not leaf.shape or leaf.nbytes <= PIECE:
         return [((), None)]
-    step = max(1, PIECE * leaf.shape[0] // leaf.nbytes)
+    step = even_step(leaf.shape[0], leaf.nbytes // leaf.shape[0])
     return [
         ((), (start, min(start + step, leaf.shape[0]))) for start in range(0, leaf.shape[0], step)
     ]
+
+
+def even_step(length: int, row: int) -> int:
+    """Rows to a piece: pieces of at most `PIECE` bytes, or one row, and nearly of one size."""
+    fits = max(1, PIECE // max(1, row))
+    return -(-length // -(-length // fits))
 
 
 def _pieces(
