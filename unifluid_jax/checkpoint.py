@@ -3,6 +3,7 @@
     WORKDIR/checkpoints/300/state       parameters, EMA, moments, step: sharded arrays
     WORKDIR/checkpoints/300/iterator    where the input stands, JSON
     WORKDIR/checkpoints/300/meta        JSON of the trainer, with the config in it
+    WORKDIR/checkpoints/frozen          parameters that the run does not train, once for all steps
     WORKDIR/config.json                 the config of the run, from its very beginning
 
 Nothing else of this code knows Orbax. A step appears under its own name only when all of it is
@@ -30,6 +31,8 @@ Tree = Any
 PathLike = epath.PathLike
 
 _FOLDER = "checkpoints"
+# The part of the state that no step changes: written with the first step, read with each.
+_FROZEN = "frozen"
 _CONFIG = "config.json"
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
@@ -110,14 +113,20 @@ class Checkpointer:
 
         Args:
             step: training steps done.
-            state: arrays; no PRNG keys.
+            state: arrays; no PRNG keys. Its part "frozen" must be the same at every step.
             iterator: the state of this process's input iterator, JSON values.
             meta: JSON values; `meta["config"]` is `config.to_json` of the run's config.
         """
         if step in self._manager.all_steps():
             return
+        frozen = state.get(_FROZEN)
+        state = {name: part for name, part in state.items() if name != _FROZEN}
         # The copy to the host is meant, also inside a loop that forbids transfers.
         with jax.transfer_guard("allow"):
+            # Waited for: a step that is there is complete.
+            if frozen and not (self._root / _FROZEN).exists():
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+                    writer.save(self._root / _FROZEN, args=ocp.args.PyTreeSave(frozen))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -141,7 +150,12 @@ class Checkpointer:
         """
         self.wait()
         folder, step = locate(self._root, step)
-        state = _read_arrays(folder, abstract_state, whole=True)
+        state = {name: part for name, part in abstract_state.items() if name != _FROZEN}
+        state = _read_arrays(folder / "state", state, whole=True)
+        if _FROZEN in abstract_state:
+            state[_FROZEN] = abstract_state[_FROZEN] and _read_arrays(
+                _frozen_folder(folder), abstract_state[_FROZEN], whole=True
+            )
         iterators = _read_json(folder, "iterator")["processes"]
         if len(iterators) != jax.process_count():
             raise UserError(
@@ -198,15 +212,37 @@ def restore_params(
 
     Args:
         path, step: as for `stored_meta`.
-        abstract_params: `jax.ShapeDtypeStruct`s; those without a sharding go to the first device.
-        which: the part of the train state: "ema" or "params".
+        abstract_params: all parameters as `jax.ShapeDtypeStruct`s; those without a sharding go to
+            the first device.
+        which: the part of the train state, "ema" or "params", that those which were trained are
+            read from.
 
     Raises:
         UserError: there is no such checkpoint or part; a leaf is missing, extra, or of another
             shape or dtype; a file is damaged.
     """
     folder, _ = locate(path, step)
-    return _read_arrays(folder, {which: abstract_params}, whole=False)[which]
+    if not (folder.parent / _FROZEN).is_dir():
+        return _read_arrays(folder / "state", {which: abstract_params}, whole=False)[which]
+    kept = trees.flatten(_saved(folder.parent / _FROZEN))
+    is_frozen = jax.tree.map(lambda name: name in kept, trees.paths(abstract_params))
+    frozen, trained = trees.split(abstract_params, is_frozen)
+    trained = _read_arrays(folder / "state", {which: trained}, whole=False)[which]
+    return trees.join(trained, _read_arrays(folder.parent / _FROZEN, frozen, whole=True))
+
+
+def _frozen_folder(folder: epath.Path) -> epath.Path:
+    """Where the frozen parameters of this step's run lie.
+
+    Raises:
+        UserError: they are not there.
+    """
+    frozen = folder.parent / _FROZEN
+    if not frozen.is_dir():
+        raise UserError(
+            f"checkpoint {folder} needs the parameters its run did not train: {frozen} is missing"
+        )
+    return frozen
 
 
 def locate(path: PathLike, step: int | None) -> tuple[epath.Path, int]:
@@ -240,15 +276,13 @@ def _read_json(folder: epath.Path, item: str) -> Any:
 
 
 def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
-    """Reads `abstract`, a part (top-level keys) or the whole of the saved state, after a check."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = handler.metadata(folder / "state").tree
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
+    """Reads `abstract`, a part (top-level keys) or the whole of a saved tree, after a check."""
+    saved = _saved(folder)
     parts = set(saved) if whole else set(abstract)
     if missing := sorted(set(abstract) - set(saved)):
-        raise UserError(f'checkpoint {folder} has no "{missing[0]}": it has {_some(sorted(saved))}')
+        raise UserError(
+            f'checkpoint {_shown(folder)} has no "{missing[0]}": it has {_some(sorted(saved))}'
+        )
     _check_leaves(folder, {key: saved[key] for key in parts}, abstract)
 
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -261,7 +295,15 @@ def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
         partial_restore=not whole,
     )
     try:
-        return handler.restore(folder / "state", args=arguments)
+        return ocp.PyTreeCheckpointHandler().restore(folder, args=arguments)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _saved(folder: epath.Path) -> Tree:
+    """Shapes and dtypes of a saved tree."""
+    try:
+        return ocp.PyTreeCheckpointHandler().metadata(folder).tree
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
 
@@ -282,7 +324,7 @@ def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree) -> None:
         elif _describe(there[name]) != _describe(here[name]):
             problems.append(f"{name} is {_describe(there[name])}, wanted {_describe(here[name])}")
     if problems:
-        raise UserError(f"checkpoint {folder} does not fit: {_some(problems, '; ')}")
+        raise UserError(f"checkpoint {_shown(folder)} does not fit: {_some(problems, '; ')}")
 
 
 def _describe(leaf: Any) -> str:
@@ -296,10 +338,17 @@ def _some(items: Sequence[Any], separator: str = ", ") -> str:
 
 def _damaged(folder: epath.Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
+    advice = "delete it to go on from the one before"
+    if folder.name == _FROZEN:
+        advice = "put it back, or begin the run anew in another workdir"
     return UserError(
-        f"checkpoint {folder} is damaged ({type(error).__name__}: {reason}): "
-        "delete it to go on from the one before"
+        f"checkpoint {_shown(folder)} is damaged ({type(error).__name__}: {reason}): {advice}"
     )
+
+
+def _shown(folder: epath.Path) -> epath.Path:
+    """What to call the folder of a saved tree: the step that it belongs to, or itself."""
+    return folder.parent if folder.name == "state" else folder
 
 
 def check_workdir(workdir: PathLike, config: ConfigDict) -> None:

@@ -4,8 +4,9 @@
     unifluid train --config=experiments/quickstart.py:debug --workdir=runs/debug
 
 One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars); the state
-is a dict of pytrees: `step`, `params`, `ema` and `opt_state`. What is trained, a UniFluid or an
-image tokenizer, is a `Task` (tasks.py).
+is a dict of pytrees: `step`; `params`, the parameters that are trained, their average `ema` and
+their `opt_state`; `frozen`, the parameters that are not. What is trained, a UniFluid or an image
+tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
     1. the last finished checkpoint of the workdir: state and input, bit for bit where it stopped
@@ -21,7 +22,7 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks
+from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 
@@ -60,11 +61,11 @@ def train(config: ConfigDict, workdir: Path) -> State:
     # The whole state is described first and then built in its place: no device ever holds more
     # than its share.
     key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(task.model.init, key)
-    optimizer = optim.make(config.optim, shapes, config.train.steps)
-    shapes = jax.eval_shape(lambda key: init(task, optimizer, key), key)
+    params = jax.eval_shape(task.model.init, key)
+    optimizer = optim.make(config.optim, params, config.train.steps)
+    shapes = jax.eval_shape(lambda key: init(config, task, optimizer, key), key)
     where = sharding.state_shardings(
-        shapes, sharding.shardings(task.model.axes, shapes["params"], mesh), mesh
+        shapes, sharding.shardings(task.model.axes, params, mesh), mesh
     )
     process, processes = jax.process_index(), jax.process_count()
     batches = task.batches(process, processes)
@@ -75,7 +76,9 @@ def train(config: ConfigDict, workdir: Path) -> State:
             state, first = restored.state, restored.step
             batches.set_state(restored.iterator)
         else:
-            state = jax.jit(lambda key: init(task, optimizer, key), out_shardings=where)(key)
+            state = jax.jit(lambda key: init(config, task, optimizer, key), out_shardings=where)(
+                key
+            )
             first = 0
         meta = {"config": configs.to_json(config)}
         checkpoint.claim(workdir, config)
@@ -124,18 +127,22 @@ def train(config: ConfigDict, workdir: Path) -> State:
                         checkpoints.save(step, state, batches.get_state(), meta)
                     if due:
                         with jax.transfer_guard("allow"):
-                            scores, pictures = evals.run(config, task.subject(state["ema"]), due)
+                            params = trees.join(state["ema"], state["frozen"])
+                            scores, pictures = evals.run(config, task.subject(params), due)
                         writer.scalars(step, scores)
                         writer.images(step, pictures)
     return state
 
 
-def init(task: tasks.Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def init(
+    config: ConfigDict, task: tasks.Task, optimizer: optax.GradientTransformation, key: jax.Array
+) -> State:
     """The state before the first step; to be traced."""
-    params = task.model.init(key)
+    params, frozen = optim.split(config.optim, task.model.init(key))
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
+        "frozen": frozen,
         "ema": jax.tree.map(jnp.copy, params),
         "opt_state": optimizer.init(params),
     }
@@ -161,11 +168,9 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     total = task.totals(batch)
-    frozen = optim.frozen(config.optim, state["params"])
 
     def loss(params, batch, key_B):
-        still = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-        return task.loss(still, batch, key_B, total)
+        return task.loss(trees.join(params, state["frozen"]), batch, key_B, total)
 
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
@@ -195,7 +200,8 @@ def train_step(
         state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
     )
     step = state["step"] + 1
-    return {"step": step, "params": params, "ema": ema, "opt_state": opt_state}, scalars
+    moved = {"step": step, "params": params, "ema": ema, "opt_state": opt_state}
+    return {**moved, "frozen": state["frozen"]}, scalars
 
 
 if __name__ == "__main__":
