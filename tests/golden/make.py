@@ -152,7 +152,13 @@ def paligemmas():
     vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
     texts = {
         "paligemma1": {**GEMMA, "model_type": "gemma", "num_hidden_layers": 2},
-        "paligemma2": {**GEMMA2, "model_type": "gemma2", "num_hidden_layers": 3},
+        # As published, the window is longer than any sequence.
+        "paligemma2": {
+            **GEMMA2,
+            "model_type": "gemma2",
+            "num_hidden_layers": 3,
+            "sliding_window": 64,
+        },
     }
     for seed, (name, text) in enumerate(texts.items(), start=30):
         config = transformers.PaliGemmaConfig(
