@@ -54,10 +54,13 @@ def load(path: str | os.PathLike, which: str = "ema", step: int | None = None) -
 def from_checkpoint(
     config: ConfigDict, path: str | os.PathLike, which: str, step: int | None
 ) -> "Model":
-    """The weights of a checkpoint under a config that may differ from the stored one."""
+    """The weights of a checkpoint under a config that may differ from the stored one.
+
+    LoRA's adapters are merged into them.
+    """
     parts = assemble(config)
-    abstract = jax.eval_shape(parts.model.init, jax.random.key(0))
-    return Model(parts, checkpoint.restore_params(path, abstract, which, step))
+    abstract = jax.eval_shape(parts.trained.init, jax.random.key(0))
+    return Model(parts, parts.merged(checkpoint.restore_params(path, abstract, which, step)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
 from unifluid_jax.input import pipeline
+from unifluid_jax.lora import Adapted
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble, make_part
@@ -31,7 +32,7 @@ class Task(Protocol):
         model: its `init` and its logical axes.
     """
 
-    model: Functional
+    model: Functional | Adapted
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch, rows first; with Grain's get_state and set_state."""
@@ -68,7 +69,7 @@ class UniFluidTask:
     def __init__(self, config: ConfigDict):
         self._config = config
         self._parts = assemble(config)
-        self.model = self._parts.model
+        self.model = self._parts.trained
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.packed_batches(self._config, self._parts.sequencer, process, processes)
@@ -99,7 +100,7 @@ class UniFluidTask:
         )
 
     def subject(self, params: Params) -> Model:
-        return Model(self._parts, params)
+        return Model(self._parts, self._parts.merged(params))
 
 
 class TokenizerTask:
@@ -107,6 +108,8 @@ class TokenizerTask:
 
     def __init__(self, config: ConfigDict):
         self._config = config
+        if "lora" in config:
+            raise UserError('config.lora is for the task "unifluid": leave it out')
         self._vae = make_part(VaeConfig, "config.model", config.model)
         self.model = image_tokenizer.module(self._vae)
 
