@@ -6,8 +6,9 @@
     WORKDIR/checkpoints/frozen          parameters that the run does not train, once for all steps
     WORKDIR/config.json                 the config of the run, from its very beginning
 
-Nothing else of this code knows Orbax. A step appears under its own name only when all of it is
-written; what a killed process leaves behind is never taken for a checkpoint.
+Nothing else of this code knows Orbax but `interop/orbax.py`, which opens such folders leaf by leaf.
+A step appears under its own name only when all of it is written; what a killed process leaves
+behind is never taken for a checkpoint.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -34,6 +36,7 @@ _FOLDER = "checkpoints"
 # The part of the state that no step changes: written with the first step, read with each.
 _FROZEN = "frozen"
 _CONFIG = "config.json"
+_PIECE = 64 << 20  # bytes
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
 # which devices. Everything else decides which model comes out.
@@ -126,11 +129,12 @@ class Checkpointer:
             # Waited for: a step that is there is complete.
             if frozen and not (self._root / _FROZEN).exists():
                 with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-                    writer.save(self._root / _FROZEN, args=ocp.args.PyTreeSave(frozen))
+                    arguments = ocp.args.PyTreeSave(frozen, save_args=_pieces(frozen))
+                    writer.save(self._root / _FROZEN, args=arguments)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
+                    state=ocp.args.PyTreeSave(state, save_args=_pieces(state)),
                     iterator=ocp.args.JsonSave({"processes": _gather(iterator)}),
                     meta=ocp.args.JsonSave(dict(meta)),
                 ),
@@ -174,6 +178,14 @@ class Checkpointer:
         self._manager.close()
 
 
+def _pieces(state: Tree) -> Tree:
+    """How Orbax is to store arrays: in pieces, so that a layer can be read without all the others.
+
+    Stacked layers are one array, which without this may be one piece of gigabytes.
+    """
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
+
+
 def _gather(value: Any) -> list[Any]:
     """The JSON value of every process, in their order."""
     if jax.process_count() == 1:
@@ -215,13 +227,17 @@ def restore_params(
         abstract_params: all parameters as `jax.ShapeDtypeStruct`s; those without a sharding go to
             the first device.
         which: the part of the train state, "ema" or "params", that those which were trained are
-            read from.
+            read from. A checkpoint without an average, as `unifluid convert` makes it, has only
+            "params".
+
+    Parameters that are stored in fewer bits than wanted are widened, which changes none.
 
     Raises:
         UserError: there is no such checkpoint or part; a leaf is missing, extra, or of another
             shape or dtype; a file is damaged.
     """
     folder, _ = locate(path, step)
+    which = _stored_part(folder, which)
     if not (folder.parent / _FROZEN).is_dir():
         return _read_arrays(folder / "state", {which: abstract_params}, whole=False)[which]
     kept = trees.flatten(_saved(folder.parent / _FROZEN))
@@ -229,6 +245,27 @@ def restore_params(
     frozen, trained = trees.split(abstract_params, is_frozen)
     trained = _read_arrays(folder / "state", {which: trained}, whole=False)[which]
     return trees.join(trained, _read_arrays(folder.parent / _FROZEN, frozen, whole=True))
+
+
+def parameter_folders(folder: epath.Path, which: str) -> list[tuple[epath.Path, str | None]]:
+    """Where the parameters of a step lie, trained and frozen ones: pairs of a folder and a key.
+
+    Args:
+        folder: of the step, from `locate`.
+        which: "ema" or "params".
+
+    Returns:
+        Folders that Orbax wrote, and the key of its tree that they are below (None: the top).
+    """
+    found = [(folder / "state", _stored_part(folder, which))]
+    if (folder.parent / _FROZEN).is_dir():
+        found.append((folder.parent / _FROZEN, None))
+    return found
+
+
+def _stored_part(folder: epath.Path, which: str) -> str:
+    """The part of the state of a step that is meant by "ema": "params" where none is averaged."""
+    return "params" if which == "ema" and "ema" not in _saved(folder / "state") else which
 
 
 def _frozen_folder(folder: epath.Path) -> epath.Path:
@@ -283,7 +320,7 @@ def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
         raise UserError(
             f'checkpoint {_shown(folder)} has no "{missing[0]}": it has {_some(sorted(saved))}'
         )
-    _check_leaves(folder, {key: saved[key] for key in parts}, abstract)
+    _check_leaves(folder, {key: saved[key] for key in parts}, abstract, exact=whole)
 
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -308,8 +345,11 @@ def _saved(folder: epath.Path) -> Tree:
         raise _damaged(folder, error) from error
 
 
-def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree) -> None:
+def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree, exact: bool) -> None:
     """Compares the two trees leaf by leaf before anything is read.
+
+    Args:
+        exact: numbers may not even be widened: what is continued must be what was saved.
 
     Raises:
         UserError: names the first leaves that differ, with both shapes and dtypes.
@@ -321,10 +361,17 @@ def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree) -> None:
             problems.append(f"{name} {_describe(here[name])} is missing")
         elif name not in here:
             problems.append(f"{name} {_describe(there[name])} is not part of this model")
-        elif _describe(there[name]) != _describe(here[name]):
+        elif _describe(there[name]) != _describe(here[name]) and (
+            exact or not _is_narrower(there[name], here[name])
+        ):
             problems.append(f"{name} is {_describe(there[name])}, wanted {_describe(here[name])}")
     if problems:
         raise UserError(f"checkpoint {_shown(folder)} does not fit: {_some(problems, '; ')}")
+
+
+def _is_narrower(there: Any, here: Any) -> bool:
+    """Whether the numbers of one leaf fit into the other's type, and the shapes are the same."""
+    return there.shape == here.shape and jnp.promote_types(there.dtype, here.dtype) == here.dtype
 
 
 def _describe(leaf: Any) -> str:

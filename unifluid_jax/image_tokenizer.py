@@ -196,10 +196,22 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     flat = trees.flatten(jax.device_get(params))
     save_file({name: leaf.astype(np.float16) for name, leaf in flat.items()}, path / WEIGHTS)
+    write_config(path, config, channel_mean.round(6), channel_std.round(6), info)
+
+
+def write_config(
+    path: Path,
+    config: VaeConfig,
+    channel_mean: Float[np.ndarray, "C"],
+    channel_std: Float[np.ndarray, "C"],
+    info: dict[str, Any],
+) -> None:
+    """Writes config.json alone: for weights that are written by other means."""
     record = {
         "vae": dataclasses.asdict(config),
-        "channel_mean": [round(float(x), 6) for x in channel_mean],
-        "channel_std": [round(float(x), 6) for x in channel_std],
+        # The shortest text that is read back as the same float32.
+        "channel_mean": [float(str(x)) for x in channel_mean.astype(np.float32)],
+        "channel_std": [float(str(x)) for x in channel_std.astype(np.float32)],
         **info,
     }
     (path / CONFIG).write_text(json.dumps(record, indent=2) + "\n")

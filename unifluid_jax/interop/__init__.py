@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from unifluid_jax import trees
 from unifluid_jax.interop import (
@@ -30,7 +29,7 @@ from unifluid_jax.interop import (
     transfer,
 )
 from unifluid_jax.interop.rules import Leaf, Table
-from unifluid_jax.interop.tensors import Memory
+from unifluid_jax.interop.tensors import Memory, leaves_of
 
 # The formats in which a part may come.
 TABLES: dict[str, tuple[Table, ...]] = {
@@ -39,13 +38,6 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "paligemma": hf_paligemma.TABLES + big_vision_paligemma.TABLES,
     "vae": diffusers_vae.TABLES + ldm_vae.TABLES,
 }
-
-
-def leaves_of(tree: Any) -> dict[str, Leaf]:
-    """Shape and type of every leaf of a tree, by path."""
-    return {
-        name: Leaf(tuple(x.shape), np.dtype(x.dtype)) for name, x in trees.flatten(tree).items()
-    }
 
 
 def patch_sizes(patch: int) -> dict[str, int]:

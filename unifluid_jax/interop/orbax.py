@@ -5,15 +5,17 @@ with TensorStore, which Orbax is built on. A folder is begun by Orbax itself wit
 their place, so that everything but the arrays is of its making.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from absl import logging
 
 from unifluid_jax import trees
 from unifluid_jax.errors import UserError
@@ -123,7 +125,7 @@ class OrbaxSink:
                 node = node.setdefault(group, {})
             node[last] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-        with ocp.Checkpointer(handler) as writer:
+        with _quiet(), ocp.Checkpointer(handler) as writer:
             writer.save(folder.resolve(), args=ocp.args.PyTreeSave(skeleton))
         for name in trees.flatten(skeleton):
             self._array(name, create=True)
@@ -172,6 +174,17 @@ class OrbaxSink:
             "order": "C",
         }
         return tensorstore.open(spec, context=_CONTEXT, create=True).result()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax warns that there are no OCDBT files to merge, where none are wanted."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _chunks(leaf: Leaf) -> tuple[int, ...]:

@@ -9,17 +9,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from unifluid_jax import trees
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop.rules import Leaf, Shape, Span
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
+@runtime_checkable  # tests check annotations
 class Source(Protocol):
     """Tensors that can be read.
 
@@ -38,6 +40,7 @@ class Source(Protocol):
         """The numbers; an array of its own or a view that the caller does not write to."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Tensors that can be written."""
 
@@ -134,6 +137,13 @@ class Memory:
             self.arrays[span.name][span.at] = x
         else:
             self.arrays[span.name][span.at][slice(*span.rows)] = x
+
+
+def leaves_of(tree: Any) -> dict[str, Leaf]:
+    """Shape and type of every leaf of a tree, by path."""
+    return {
+        name: Leaf(tuple(x.shape), np.dtype(x.dtype)) for name, x in trees.flatten(tree).items()
+    }
 
 
 def part(x: np.ndarray, span: Span) -> np.ndarray:

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 from unifluid_jax.errors import UserError
@@ -68,7 +69,9 @@ class Fit:
             name, path = self.names.get(piece.theirs.name), piece.ours.name
             if name is not None and path not in self.fresh:
                 dtype = self.source.leaves[name].dtype
-                found[path] = np.promote_types(found.get(path, dtype), dtype)
+                if path in self.resized:
+                    dtype = np.dtype(np.float32)
+                found[path] = _wider(found.get(path, dtype), dtype)
         return found
 
 
@@ -295,7 +298,7 @@ def take_out(
     for piece in plan.pieces:
         own = source.leaves[prefix + piece.ours.name].dtype
         name = piece.theirs.name
-        types[name] = dtype or np.promote_types(types.get(name, own), own)
+        types[name] = dtype or _wider(types.get(name, own), own)
     written = {spelled(name): Leaf(shape, types[name]) for name, shape in plan.theirs.items()}
     with make_sink(written) as sink:
         for piece in plan.pieces:
@@ -334,6 +337,11 @@ def _row_spans(leaf: Leaf, filled: int) -> Iterator[tuple[int, int]]:
         start, stop = rows or (0, leaf.shape[0])
         if stop > filled:
             yield max(start, filled), stop
+
+
+def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The smallest type that holds both exactly; numpy knows none for bfloat16 and float16."""
+    return np.dtype(jnp.promote_types(a, b))
 
 
 def cast(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
