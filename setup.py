@@ -44,7 +44,8 @@ EXTRAS = {
     "demo": ["gradio>=6"],
     "docs": ["matplotlib>=3.10"],
     "eval": EVAL,
-    "gemma": ["gemma>=4.0"],
+    # Later ones need protobuf 7 to read a model, and gemma's dependencies keep protobuf at 6.
+    "gemma": ["gemma>=4.0", "sentencepiece<0.2.2"],
     "test": [
         "beartype>=0.22.2",
         "pytest>=8.4",
