@@ -10,7 +10,9 @@ tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
     1. the last finished checkpoint of the workdir: state and input, bit for bit where it stopped
-    2. fresh parameters from `config.seed`
+    2. the parameters of `config.init_from`, a checkpoint (of `unifluid convert`, or of another run:
+       its averages) or an exported UniFluid; adapters of LoRA are fresh
+    3. fresh parameters from `config.seed`
 """
 
 from pathlib import Path
@@ -22,9 +24,10 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks, trees
+from unifluid_jax import checkpoint, cli, evals, lora, metrics, optim, sharding, tasks, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
+from unifluid_jax.interop import unifluid
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -64,9 +67,8 @@ def train(config: ConfigDict, workdir: Path) -> State:
     params = jax.eval_shape(task.model.init, key)
     optimizer = optim.make(config.optim, params, config.train.steps)
     shapes = jax.eval_shape(lambda key: init(config, task, optimizer, key), key)
-    where = sharding.state_shardings(
-        shapes, sharding.shardings(task.model.axes, params, mesh), mesh
-    )
+    where_params = sharding.shardings(task.model.axes, params, mesh)
+    where = sharding.state_shardings(shapes, where_params, mesh)
     process, processes = jax.process_index(), jax.process_count()
     batches = task.batches(process, processes)
 
@@ -76,10 +78,16 @@ def train(config: ConfigDict, workdir: Path) -> State:
             state, first = restored.state, restored.step
             batches.set_state(restored.iterator)
         else:
-            state = jax.jit(lambda key: init(config, task, optimizer, key), out_shardings=where)(
-                key
+            given = {}
+            if config.init_from:
+                given = pretrained(config.init_from, sharding.abstract(params, where_params))
+            begin = jax.jit(
+                lambda key, given: init(config, task, optimizer, key, given),
+                donate_argnums=1,
+                out_shardings=where,
             )
-            first = 0
+            state, first = begin(key, given), 0
+            del given
         meta = {"config": configs.to_json(config)}
         checkpoint.claim(workdir, config)
 
@@ -134,11 +142,37 @@ def train(config: ConfigDict, workdir: Path) -> State:
     return state
 
 
+def pretrained(path: str, params: Any) -> Any:
+    """The parameters of a checkpoint or an exported model, straight onto their devices.
+
+    Args:
+        params: all that are wanted, as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+        All but LoRA's adapters.
+
+    Raises:
+        UserError: there are none at that path, or they are of another model.
+    """
+    params = lora.base(params)
+    if unifluid.is_folder(Path(path)):
+        return unifluid.read_params(Path(path), params)
+    return checkpoint.restore_params(path, params, "ema")
+
+
 def init(
-    config: ConfigDict, task: tasks.Task, optimizer: optax.GradientTransformation, key: jax.Array
+    config: ConfigDict,
+    task: tasks.Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    given: Any = None,
 ) -> State:
-    """The state before the first step; to be traced."""
-    params, frozen = optim.split(config.optim, task.model.init(key))
+    """The state before the first step; to be traced.
+
+    Args:
+        given: subtrees of the parameters that are not to be fresh.
+    """
+    params, frozen = optim.split(config.optim, {**task.model.init(key), **(given or {})})
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,

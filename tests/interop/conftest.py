@@ -1,4 +1,4 @@
-"""A config whose parts have the sizes of the goldens, so that these convert as a user's files do."""
+"""A config with the goldens' sizes, so that these convert as a user's files do."""
 
 import json
 from pathlib import Path

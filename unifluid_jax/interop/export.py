@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from unifluid_jax import config as configs
 from unifluid_jax import lora
 from unifluid_jax.checkpoint import parameter_folders
+from unifluid_jax.config import make_part
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop import (
     gemma_package,
@@ -33,7 +34,6 @@ from unifluid_jax.interop.rules import Leaf, Span, Table
 from unifluid_jax.interop.tensors import Source
 from unifluid_jax.models.gemma import GemmaConfig
 from unifluid_jax.models.siglip import SiglipConfig
-from unifluid_jax.parts import make_part
 
 FORMATS = ("unifluid", "paligemma", "hf_gemma", "gemma")
 

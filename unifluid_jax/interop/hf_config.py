@@ -8,6 +8,9 @@ from unifluid_jax.errors import UserError
 from unifluid_jax.models.gemma import GemmaConfig
 from unifluid_jax.models.siglip import SiglipConfig
 
+# The placeholder of pictures in PaliGemma's tokenizer: behind Gemma's pieces and 1,152 more.
+_IMAGE_TOKEN = 257_152
+
 _KINDS = {"local": "sliding_attention", "global": "full_attention"}
 
 
@@ -102,8 +105,8 @@ def siglip(config: SiglipConfig) -> dict[str, Any]:
 def paligemma(text: GemmaConfig, vision: SiglipConfig, dtype: np.dtype) -> dict[str, Any]:
     """Of backbone, vision tower and projection as a PaliGemma.
 
-    The picture's placeholder is the first id behind the vocabulary: transformers puts the features
-    in its place and looks up no embedding for it.
+    The picture's placeholder is that of PaliGemma's tokenizer, or the first id behind a vocabulary
+    of another kind; transformers looks up no embedding for it.
 
     Raises:
         UserError: transformers has no such Gemma in a PaliGemma.
@@ -115,7 +118,7 @@ def paligemma(text: GemmaConfig, vision: SiglipConfig, dtype: np.dtype) -> dict[
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "image_token_index": text.vocab_size,
+        "image_token_index": _IMAGE_TOKEN if text.vocab_size >= 256_000 else text.vocab_size,
         "projection_dim": text.width,
         "hidden_size": text.width,
         "vocab_size": text.vocab_size,
