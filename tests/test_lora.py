@@ -191,12 +191,12 @@ def test_a_checkpoint_is_read_merged(run, which):
     whole = jax.device_put({**state["frozen"], **state[which]})
     expected = model.parts.trained.merge(whole)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), model.params, expected)
-    batch = tiny.batch(model.parts.sequencer.layout, rows=2)
+    batch = jax.device_put(tiny.batch(model.parts.sequencer.layout, rows=2))
     latents = batch["latent_mean"]
     adapted = model.parts.trained.bind(whole).hidden(batch, latents)
     merged = model.parts.model.bind(model.params).hidden(batch, latents)
     np.testing.assert_allclose(merged, adapted, atol=1e-5)
-    untouched = model.parts.model.bind(state["frozen"]).hidden(batch, latents)
+    untouched = model.parts.model.bind(lora.base(whole)).hidden(batch, latents)
     assert not np.allclose(untouched, adapted, atol=1e-3)
 
 

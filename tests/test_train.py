@@ -465,6 +465,22 @@ def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path)
         ({"mesh.data": 3}, "data=3.* does not fit 8 devices"),
         ({"evals": {"a": tiny.score("vqas")}}, 'config.evals.a is of unknown type "vqas"'),
         ({"evals": {"a": tiny.score("vqa", dataset="x")}}, "data set x is not built"),
+        (
+            {"evals": {"a": tiny.score("vqa", split="tst")}},
+            'tiny has no split "tst" .it has train, test',
+        ),
+        ({"input.edit_vision": False, "input.edit_latents": False}, "an edit needs a view of its"),
+        (
+            {
+                "input.edit_vision": False,
+                "input.edit_latents": False,
+                "input.mixture": (
+                    {"dataset": "tiny", "split": "train", "task": "vqa", "weight": 1.0},
+                ),
+                "evals": {"a": tiny.score("edit", judge=False)},
+            },
+            "an edit needs a view of its",
+        ),
         ({"optim.warmup_steps": 9}, "do not fit into a run of 8 steps"),
         ({"optim.rules": (("vision/.*", {}),)}, 'no rule covers "backbone/'),
         ({"input.mixture": ()}, "config.input.mixture is empty"),

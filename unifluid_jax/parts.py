@@ -4,15 +4,14 @@ The trainer and inference put the same parts together here.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from unifluid_jax import image_tokenizer, lora
+from unifluid_jax.config import make_part
 from unifluid_jax.diffusion import DDPM, Flow, process_from
-from unifluid_jax.errors import UserError, nearest
+from unifluid_jax.errors import UserError
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.input.examples import Sequencer, make_sequencer
 from unifluid_jax.lora import Adapted, LoraConfig
@@ -89,22 +88,3 @@ def assemble(config: ConfigDict) -> Parts:
     if "lora" in config:
         trained = Adapted(model, make_part(LoraConfig, "config.lora", config.lora))
     return Parts(config, model, trained, sequencer, images, process)
-
-
-def make_part(kind: Callable[..., Any], where: str, fields: ConfigDict, **fixed: Any) -> Any:
-    """`kind`, a dataclass, of a sub-config and of what the other parts fix.
-
-    Args:
-        where: path of the sub-config, for messages.
-
-    Raises:
-        UserError: the sub-config has a field that `kind` has not, or lacks one.
-    """
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
-    for field in fields:
-        if field not in known:
-            raise UserError(f'{where} has no option "{field}"{nearest(field, known)}')
-    try:
-        return kind(**fields, **fixed)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from unifluid_jax import config as configs
 from unifluid_jax import image_tokenizer, losses
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.image_tokenizer import ImageTokenizer
@@ -19,7 +20,7 @@ from unifluid_jax.input import pipeline
 from unifluid_jax.lora import Adapted
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.vae import VaeConfig
-from unifluid_jax.parts import assemble, make_part
+from unifluid_jax.parts import assemble
 
 Batch = dict[str, jax.Array]
 
@@ -69,6 +70,8 @@ class UniFluidTask:
     def __init__(self, config: ConfigDict):
         self._config = config
         self._parts = assemble(config)
+        fixed = ("model", "process", "batch", "key_B", "total", "text_slots", "image_slots")
+        configs.check_options(losses.unified, "config.loss", config.loss, fixed)
         self.model = self._parts.trained
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
@@ -110,7 +113,9 @@ class TokenizerTask:
         self._config = config
         if "lora" in config:
             raise UserError('config.lora is for the task "unifluid": leave it out')
-        self._vae = make_part(VaeConfig, "config.model", config.model)
+        fixed = ("model", "images", "key_B", "total")
+        configs.check_options(losses.autoencoder, "config.loss", config.loss, fixed)
+        self._vae = configs.make_part(VaeConfig, "config.model", config.model)
         self.model = image_tokenizer.module(self._vae)
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
