@@ -1,11 +1,13 @@
 # make quickstart   builds the data, pretrains a small UniFluid, scores it     (20 minutes on two cores)
 # make test         lint and tests
+# make test-interop the parity tests that need other code bases installed, in .venv-interop (3 GB)
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
 # All of it happens in .venv, which is made when missing and brought up to date when setup.py changes.
 
 VENV := .venv
+INTEROP := .venv-interop
 BIN := $(VENV)/bin
 RUN := runs/quickstart
 
@@ -14,7 +16,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-interop lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -30,12 +32,15 @@ quickstart: $(VENV)/installed-data,eval
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadfile
 
+test-interop: $(INTEROP)/installed
+	$(INTEROP)/bin/python -m pytest -m interop
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed-%: setup.py pyproject.toml $(VENV)/made
@@ -47,6 +52,13 @@ $(VENV)/made: .python-version
 		echo "error: no Python 3.12 found: install it (pyenv install 3.12), or make PYTHON=path/to/python3.12"; \
 		exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# By uv: pip tries versions of the gemma package's dependencies for longer than ten minutes.
+$(INTEROP)/installed: setup.py pyproject.toml .python-version
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check uv
+	$(INTEROP)/bin/uv pip install --quiet --python $(INTEROP)/bin/python --editable .[gemma,test]
 	@touch $@
 
 # A half-made environment must not count as made.

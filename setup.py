@@ -6,12 +6,14 @@ from setuptools import find_packages, setup
 CORE = [
     "absl-py>=2.3",
     "array_record>=0.8.1",
+    "einops>=0.8",
     "etils[epath]>=1.12",
     "flax>=0.12.10",
     "grain>=0.2.16",
     "importlib_resources>=6",  # tensorflow-datasets needs it and does not say so on Python 3.12
     "jax>=0.11.1,<0.13",
     "jaxtyping>=0.3",
+    "ml_dtypes>=0.5",
     "ml-collections>=1.1",
     "numpy>=2.1",
     "optax>=0.2.6",
@@ -23,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.74",
 ]
 
 DATA = [
@@ -41,7 +44,8 @@ EXTRAS = {
     "demo": ["gradio>=6"],
     "docs": ["matplotlib>=3.10"],
     "eval": EVAL,
-    "gemma": ["gemma>=4.0"],
+    # Later ones need protobuf 7 to read a model, and gemma's dependencies keep protobuf at 6.
+    "gemma": ["gemma>=4.0", "sentencepiece<0.2.2"],
     "test": [
         "beartype>=0.22.2",
         "pytest>=8.4",

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = "tokenizer"
     config.seed = 0
     config.data_dir = "data_cache"
+    config.init_from = ""  # a checkpoint or an exported model to start from
 
     config.model = ConfigDict(
         {

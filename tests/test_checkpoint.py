@@ -124,6 +124,53 @@ def test_parameters_alone_for_inference(saved, which, below):
     assert checkpoint.stored_config(saved / below).model.width == 8
 
 
+@pytest.fixture
+def partly_frozen(tmp_path):
+    """Two steps of a run that does not train the backbone; its states."""
+    states = []
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        for step in (1, 2):
+            full = make_state(step)
+            trained = {"head": full["params"]["head"]}
+            state = {
+                "params": trained,
+                "ema": jax.tree.map(lambda x: x + 1, trained),
+                "frozen": {"backbone": make_state()["params"]["backbone"]},
+            }
+            checkpointer.save(step, state, step, META)
+            states.append(state)
+    return tmp_path, states
+
+
+def test_frozen_parameters_are_written_once_and_read_with_every_step(partly_frozen):
+    workdir, (_, last) = partly_frozen
+    folder = workdir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "frozen"]
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        assert_equal(checkpointer.restore(place(last, 4)).state, last)
+    for which in ("params", "ema"):
+        whole = {**last[which], **last["frozen"]}
+        abstract = jax.eval_shape(lambda whole=whole: whole)
+        for path in (workdir, folder, folder / "2"):
+            assert_equal(checkpoint.restore_params(path, abstract, which), whole)
+
+
+def test_frozen_parameters_that_are_gone_or_unlike_are_named(partly_frozen):
+    workdir, (_, last) = partly_frozen
+    folder = workdir / "checkpoints"
+    abstract = place(last, 1)
+    wider = change(abstract, "frozen/backbone/w", ((8, 4), jnp.float32))
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        with pytest.raises(UserError, match=r"frozen does not fit: backbone/w is float32\[8, 8\]"):
+            checkpointer.restore(wider)
+        (folder / "frozen" / "_METADATA").write_text("{")
+        with pytest.raises(UserError, match="frozen is damaged .* begin the run anew"):
+            checkpointer.restore(abstract)
+        shutil.rmtree(folder / "frozen")
+        with pytest.raises(UserError, match="did not train: .*frozen is missing"):
+            checkpointer.restore(abstract)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
 def test_parameters_alone_read_only_their_own_bytes(tmp_path):
     noise = jax.random.normal(jax.random.key(0), (3, 1 << 18))  # 3 x 1 MiB; does not compress

@@ -217,6 +217,23 @@ def test_vlb_trains_the_variance_alone():
     assert np.all(np.isfinite(with_term))
 
 
+def test_a_jump_of_the_loss_at_the_last_step_is_none_of_the_gradient():
+    """The documented trap of the variational term, as in MAR: large, and nothing to learn from."""
+    process, shape = DDPM(), (256, 4)
+    x, noise = (jax.random.normal(jax.random.key(seed), shape) for seed in range(2))
+
+    def loss(logits, t):
+        out = jnp.concatenate([jnp.zeros(shape), logits], axis=-1)
+        return process.loss_at(lambda x, t: out, x, jnp.full(shape[:1], t), noise).mean()
+
+    values, gradients = zip(
+        *(jax.value_and_grad(loss)(jnp.zeros(shape), t) for t in (0, 500, 999)), strict=True
+    )
+    assert values[0] < 5 and values[1] < 2 and values[2] > 300
+    first, _, last = (jnp.abs(g).mean() for g in gradients)
+    assert last < 0.02 * first
+
+
 def test_flow_loss():
     x, noise = jax.random.normal(jax.random.key(0), (2, 5, 3))
     t = jnp.linspace(0.1, 0.9, 5)

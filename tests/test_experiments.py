@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny
 from unifluid_jax import config as configs
-from unifluid_jax import evals, image_tokenizer, losses, optim, parts, sharding, tasks
+from unifluid_jax import evals, image_tokenizer, losses, optim, sharding, tasks
 from unifluid_jax.diffusion import sampler_from
 from unifluid_jax.errors import UserError
 from unifluid_jax.input import pipeline
@@ -100,7 +100,7 @@ def test_an_unknown_argument_is_named(name):
 def tokenizer_files(tmp_path_factory):
     """An image tokenizer of the small experiment's sizes; weights do not matter here."""
     folder = tmp_path_factory.mktemp("image_tokenizer")
-    vae = parts.make_part(VaeConfig, "config.model", load("tokenizer_small", "debug").model)
+    vae = configs.make_part(VaeConfig, "config.model", load("tokenizer_small", "debug").model)
     abstract = jax.eval_shape(image_tokenizer.module(vae).init, jax.random.key(0))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
     dim = vae.token_dim

@@ -1,5 +1,6 @@
 """The Python interface: what goes in, what comes out, what it depends on, what it refuses."""
 
+import dataclasses
 import io
 
 import jax
@@ -14,7 +15,6 @@ from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import make_sequencer
 from unifluid_jax.input.records import resized
-from unifluid_jax.parts import Parts
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,9 @@ def changed(model, **changes):
     """The model under another config, with the compiled programs of the first."""
     config = configs.from_json(configs.to_json(model.config)).unlock()
     config.update_from_flattened_dict(changes)
-    parts = model.parts
-    sequencer = make_sequencer(config, parts.images)
-    return inference.Model(
-        Parts(config.lock(), parts.model, sequencer, parts.images, parts.process), model.params
-    )
+    sequencer = make_sequencer(config, model.parts.images)
+    parts = dataclasses.replace(model.parts, config=config.lock(), sequencer=sequencer)
+    return inference.Model(parts, model.params)
 
 
 @pytest.fixture

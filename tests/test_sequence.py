@@ -86,7 +86,7 @@ def test_editing_with_one_view(vision):
 
 
 def test_editing_without_a_view_of_its_source_is_refused():
-    with pytest.raises(UserError, match="edit_vision, edit_latents"):
+    with pytest.raises(UserError, match="input.edit_vision,.*input.edit_latents or both"):
         sequence.editing(LAYOUT, None, None, [10], latents(), ORDER)
 
 

@@ -38,14 +38,14 @@ class Stepper:
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         sharding.check_batch(len(self.batch["tokens"]), config.train.accumulate, self.mesh)
         key = jax.random.key(config.seed)
-        shapes = jax.eval_shape(self.task.model.init, key)
-        optimizer = optim.make(config.optim, shapes, config.train.steps)
+        params = jax.eval_shape(self.task.model.init, key)
+        optimizer = optim.make(config.optim, params, config.train.steps)
 
         def init(key):
-            return train.init(self.task, optimizer, key)
+            return train.init(config, self.task, optimizer, key)
 
         shapes = jax.eval_shape(init, key)
-        placed = sharding.shardings(self.task.model.axes, shapes["params"], self.mesh)
+        placed = sharding.shardings(self.task.model.axes, params, self.mesh)
         self.where = sharding.state_shardings(shapes, placed, self.mesh)
         if start is None:
             start = jax.jit(init, out_shardings=self.where)(key)
@@ -199,13 +199,13 @@ def test_scalars_and_step(reference):
 
 def test_frozen_parameters_stand_still_and_have_no_state(frozen):
     states, _ = frozen(3)
+    assert set(states[0]["frozen"]) == {"vision"}
+    assert_same(states[0]["frozen"], states[-1]["frozen"])
     before, after = (trees.flatten(states[i]["params"]) for i in (0, -1))
     for name in before:
-        same = np.array_equal(before[name], after[name])
-        assert same == name.startswith("vision/"), name
-    moments = [name for name in trees.flatten(states[-1]["opt_state"]) if "/mu/" in name]
-    assert len(moments) == sum(not name.startswith("vision/") for name in before)
-    assert not [name for name in moments if "/vision/" in name]
+        assert not np.array_equal(before[name], after[name]), name
+    for part in ("params", "ema", "opt_state"):
+        assert not [name for name in trees.flatten(states[-1][part]) if "vision/" in name]
 
 
 def test_frozen_parameters_do_not_count_in_the_gradients_norm(frozen):
@@ -465,6 +465,22 @@ def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path)
         ({"mesh.data": 3}, "data=3.* does not fit 8 devices"),
         ({"evals": {"a": tiny.score("vqas")}}, 'config.evals.a is of unknown type "vqas"'),
         ({"evals": {"a": tiny.score("vqa", dataset="x")}}, "data set x is not built"),
+        (
+            {"evals": {"a": tiny.score("vqa", split="tst")}},
+            'tiny has no split "tst" .it has train, test',
+        ),
+        ({"input.edit_vision": False, "input.edit_latents": False}, "an edit needs a view of its"),
+        (
+            {
+                "input.edit_vision": False,
+                "input.edit_latents": False,
+                "input.mixture": (
+                    {"dataset": "tiny", "split": "train", "task": "vqa", "weight": 1.0},
+                ),
+                "evals": {"a": tiny.score("edit", judge=False)},
+            },
+            "an edit needs a view of its",
+        ),
         ({"optim.warmup_steps": 9}, "do not fit into a run of 8 steps"),
         ({"optim.rules": (("vision/.*", {}),)}, 'no rule covers "backbone/'),
         ({"input.mixture": ()}, "config.input.mixture is empty"),

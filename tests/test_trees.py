@@ -25,6 +25,16 @@ def test_the_first_match_of_the_whole_name_wins():
     }
 
 
+def test_what_is_split_is_joined_again():
+    tree = {"a": {"x": 1, "y": {"z": 2}}, "b": {"w": 3}}
+    chosen = {"a": {"x": False, "y": {"z": True}}, "b": {"w": True}}
+    picked, rest = trees.split(tree, chosen)
+    assert picked == {"a": {"y": {"z": 2}}, "b": {"w": 3}} and rest == {"a": {"x": 1}}
+    assert trees.join(picked, rest) == trees.join(rest, picked) == tree
+    everything = jax.tree.map(lambda _: True, tree)
+    assert trees.split(tree, everything) == (tree, {}) and trees.join(tree, {}) == tree
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -13,6 +13,7 @@ from PIL import Image
 
 from unifluid_jax import image_tokenizer, sequence
 from unifluid_jax.input import latents
+from unifluid_jax.input.records import canonical_features
 from unifluid_jax.models.vae import VaeConfig
 
 SIZE = 16  # pixels; 8 x 8 patches: 4 vision tokens
@@ -43,16 +44,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        text, sequence_of = tfds.features.Text(), tfds.features.Sequence
-        image = tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png")
-        features = {
-            "id": text,
-            "images": sequence_of(image),
-            "captions": sequence_of({"image": np.int64, "text": text}),
-            "questions": sequence_of({"image": np.int64, "question": text, "answer": text}),
-            "edits": sequence_of({"source": np.int64, "target": np.int64, "instruction": text}),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=canonical_features((SIZE, SIZE, 3)))
 
     def _split_generators(self, dl_manager):
         return {"train": map(self._record, range(16)), "test": map(self._record, range(16, 20))}
@@ -106,6 +98,7 @@ def _shared(folder):
     config = ConfigDict()
     config.seed = 0
     config.data_dir = str(folder)
+    config.init_from = ""
     config.optim = {
         "lr": 0.01,
         "warmup_steps": 2,

@@ -17,6 +17,7 @@ from PIL import Image
 from unifluid_jax import checkpoint, image_tokenizer, inference
 from unifluid_jax import config as configs
 from unifluid_jax.evals import shapes
+from unifluid_jax.input.records import canonical_features
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble
 
@@ -133,17 +134,8 @@ class Drawings(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        text, sequence = tfds.features.Text(), tfds.features.Sequence
-        image = tfds.features.Image(shape=(32, 32, 3), encoding_format="png")
-        features = {
-            "id": text,
-            "images": sequence(image),
-            "captions": sequence({"image": np.int64, "text": text}),
-            "questions": sequence({"image": np.int64, "question": text, "answer": text}),
-            "edits": sequence({"source": np.int64, "target": np.int64, "instruction": text}),
-        }
         return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            builder=self, features=canonical_features((32, 32, 3)), disable_shuffling=True
         )
 
     def _split_generators(self, dl_manager):

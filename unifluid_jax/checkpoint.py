@@ -3,10 +3,12 @@
     WORKDIR/checkpoints/300/state       parameters, EMA, moments, step: sharded arrays
     WORKDIR/checkpoints/300/iterator    where the input stands, JSON
     WORKDIR/checkpoints/300/meta        JSON of the trainer, with the config in it
+    WORKDIR/checkpoints/frozen          parameters that the run does not train, once for all steps
     WORKDIR/config.json                 the config of the run, from its very beginning
 
-Nothing else of this code knows Orbax. A step appears under its own name only when all of it is
-written; what a killed process leaves behind is never taken for a checkpoint.
+Nothing else of this code knows Orbax but `interop/orbax.py`, which opens such folders leaf by leaf.
+A step appears under its own name only when all of it is written; what a killed process leaves
+behind is never taken for a checkpoint.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -30,7 +33,10 @@ Tree = Any
 PathLike = epath.PathLike
 
 _FOLDER = "checkpoints"
+# The part of the state that no step changes: written with the first step, read with each.
+_FROZEN = "frozen"
 _CONFIG = "config.json"
+_PIECE = 64 << 20  # bytes
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
 # which devices. Everything else decides which model comes out.
@@ -110,18 +116,25 @@ class Checkpointer:
 
         Args:
             step: training steps done.
-            state: arrays; no PRNG keys.
+            state: arrays; no PRNG keys. Its part "frozen" must be the same at every step.
             iterator: the state of this process's input iterator, JSON values.
             meta: JSON values; `meta["config"]` is `config.to_json` of the run's config.
         """
         if step in self._manager.all_steps():
             return
+        frozen = state.get(_FROZEN)
+        state = {name: part for name, part in state.items() if name != _FROZEN}
         # The copy to the host is meant, also inside a loop that forbids transfers.
         with jax.transfer_guard("allow"):
+            # Waited for: a step that is there is complete.
+            if frozen and not (self._root / _FROZEN).exists():
+                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+                    arguments = ocp.args.PyTreeSave(frozen, save_args=_pieces(frozen))
+                    writer.save(self._root / _FROZEN, args=arguments)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state),
+                    state=ocp.args.PyTreeSave(state, save_args=_pieces(state)),
                     iterator=ocp.args.JsonSave({"processes": _gather(iterator)}),
                     meta=ocp.args.JsonSave(dict(meta)),
                 ),
@@ -141,7 +154,12 @@ class Checkpointer:
         """
         self.wait()
         folder, step = locate(self._root, step)
-        state = _read_arrays(folder, abstract_state, whole=True)
+        state = {name: part for name, part in abstract_state.items() if name != _FROZEN}
+        state = _read_arrays(folder / "state", state, whole=True)
+        if _FROZEN in abstract_state:
+            state[_FROZEN] = abstract_state[_FROZEN] and _read_arrays(
+                _frozen_folder(folder), abstract_state[_FROZEN], whole=True
+            )
         iterators = _read_json(folder, "iterator")["processes"]
         if len(iterators) != jax.process_count():
             raise UserError(
@@ -158,6 +176,14 @@ class Checkpointer:
     def close(self) -> None:
         """Waits, and ends the background threads."""
         self._manager.close()
+
+
+def _pieces(state: Tree) -> Tree:
+    """How Orbax is to store arrays: in pieces, so that a layer can be read without all the others.
+
+    Stacked layers are one array, which without this may be one piece of gigabytes.
+    """
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), state)
 
 
 def _gather(value: Any) -> list[Any]:
@@ -198,15 +224,62 @@ def restore_params(
 
     Args:
         path, step: as for `stored_meta`.
-        abstract_params: `jax.ShapeDtypeStruct`s; those without a sharding go to the first device.
-        which: the part of the train state: "ema" or "params".
+        abstract_params: all parameters as `jax.ShapeDtypeStruct`s; those without a sharding go to
+            the first device.
+        which: the part of the train state, "ema" or "params", that those which were trained are
+            read from. A checkpoint without an average, as `unifluid convert` makes it, has only
+            "params".
+
+    Parameters that are stored in fewer bits than wanted are widened, which changes none.
 
     Raises:
         UserError: there is no such checkpoint or part; a leaf is missing, extra, or of another
             shape or dtype; a file is damaged.
     """
     folder, _ = locate(path, step)
-    return _read_arrays(folder, {which: abstract_params}, whole=False)[which]
+    which = _stored_part(folder, which)
+    if not (folder.parent / _FROZEN).is_dir():
+        return _read_arrays(folder / "state", {which: abstract_params}, whole=False)[which]
+    kept = trees.flatten(_saved(folder.parent / _FROZEN))
+    is_frozen = jax.tree.map(lambda name: name in kept, trees.paths(abstract_params))
+    frozen, trained = trees.split(abstract_params, is_frozen)
+    trained = _read_arrays(folder / "state", {which: trained}, whole=False)[which]
+    return trees.join(trained, _read_arrays(folder.parent / _FROZEN, frozen, whole=True))
+
+
+def parameter_folders(folder: epath.Path, which: str) -> list[tuple[epath.Path, str | None]]:
+    """Where the parameters of a step lie, trained and frozen ones: pairs of a folder and a key.
+
+    Args:
+        folder: of the step, from `locate`.
+        which: "ema" or "params".
+
+    Returns:
+        Folders that Orbax wrote, and the key of its tree that they are below (None: the top).
+    """
+    found = [(folder / "state", _stored_part(folder, which))]
+    if (folder.parent / _FROZEN).is_dir():
+        found.append((folder.parent / _FROZEN, None))
+    return found
+
+
+def _stored_part(folder: epath.Path, which: str) -> str:
+    """The part of the state of a step that is meant by "ema": "params" where none is averaged."""
+    return "params" if which == "ema" and "ema" not in _saved(folder / "state") else which
+
+
+def _frozen_folder(folder: epath.Path) -> epath.Path:
+    """Where the frozen parameters of this step's run lie.
+
+    Raises:
+        UserError: they are not there.
+    """
+    frozen = folder.parent / _FROZEN
+    if not frozen.is_dir():
+        raise UserError(
+            f"checkpoint {folder} needs the parameters its run did not train: {frozen} is missing"
+        )
+    return frozen
 
 
 def locate(path: PathLike, step: int | None) -> tuple[epath.Path, int]:
@@ -240,16 +313,14 @@ def _read_json(folder: epath.Path, item: str) -> Any:
 
 
 def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
-    """Reads `abstract`, a part (top-level keys) or the whole of the saved state, after a check."""
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        saved = handler.metadata(folder / "state").tree
-    except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from error
+    """Reads `abstract`, a part (top-level keys) or the whole of a saved tree, after a check."""
+    saved = _saved(folder)
     parts = set(saved) if whole else set(abstract)
     if missing := sorted(set(abstract) - set(saved)):
-        raise UserError(f'checkpoint {folder} has no "{missing[0]}": it has {_some(sorted(saved))}')
-    _check_leaves(folder, {key: saved[key] for key in parts}, abstract)
+        raise UserError(
+            f'checkpoint {_shown(folder)} has no "{missing[0]}": it has {_some(sorted(saved))}'
+        )
+    _check_leaves(folder, {key: saved[key] for key in parts}, abstract, exact=whole)
 
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
@@ -261,13 +332,24 @@ def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
         partial_restore=not whole,
     )
     try:
-        return handler.restore(folder / "state", args=arguments)
+        return ocp.PyTreeCheckpointHandler().restore(folder, args=arguments)
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
 
 
-def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree) -> None:
+def _saved(folder: epath.Path) -> Tree:
+    """Shapes and dtypes of a saved tree."""
+    try:
+        return ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree, exact: bool) -> None:
     """Compares the two trees leaf by leaf before anything is read.
+
+    Args:
+        exact: numbers may not even be widened: what is continued must be what was saved.
 
     Raises:
         UserError: names the first leaves that differ, with both shapes and dtypes.
@@ -279,10 +361,17 @@ def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree) -> None:
             problems.append(f"{name} {_describe(here[name])} is missing")
         elif name not in here:
             problems.append(f"{name} {_describe(there[name])} is not part of this model")
-        elif _describe(there[name]) != _describe(here[name]):
+        elif _describe(there[name]) != _describe(here[name]) and (
+            exact or not _is_narrower(there[name], here[name])
+        ):
             problems.append(f"{name} is {_describe(there[name])}, wanted {_describe(here[name])}")
     if problems:
-        raise UserError(f"checkpoint {folder} does not fit: {_some(problems, '; ')}")
+        raise UserError(f"checkpoint {_shown(folder)} does not fit: {_some(problems, '; ')}")
+
+
+def _is_narrower(there: Any, here: Any) -> bool:
+    """Whether the numbers of one leaf fit into the other's type, and the shapes are the same."""
+    return there.shape == here.shape and jnp.promote_types(there.dtype, here.dtype) == here.dtype
 
 
 def _describe(leaf: Any) -> str:
@@ -296,10 +385,17 @@ def _some(items: Sequence[Any], separator: str = ", ") -> str:
 
 def _damaged(folder: epath.Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
+    advice = "delete it to go on from the one before"
+    if folder.name == _FROZEN:
+        advice = "put it back, or begin the run anew in another workdir"
     return UserError(
-        f"checkpoint {folder} is damaged ({type(error).__name__}: {reason}): "
-        "delete it to go on from the one before"
+        f"checkpoint {_shown(folder)} is damaged ({type(error).__name__}: {reason}): {advice}"
     )
+
+
+def _shown(folder: epath.Path) -> epath.Path:
+    """What to call the folder of a saved tree: the step that it belongs to, or itself."""
+    return folder.parent if folder.name == "state" else folder
 
 
 def check_workdir(workdir: PathLike, config: ConfigDict) -> None:

@@ -4,12 +4,13 @@ Everything a user can get wrong here ends in a one-line `UserError`.
 """
 
 import importlib.util
+import inspect
 import itertools
 import json
 import os
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,40 @@ def _check_items(key: str, old: Any, new: Any) -> None:
             raise UserError(
                 f"--config.{key} must be a tuple of {kind.__name__} (now {old!r}), got {item!r}"
             )
+
+
+def make_part(kind: Callable[..., Any], where: str, fields: ConfigDict, **fixed: Any) -> Any:
+    """`kind(**fields, **fixed)`: a part made of a sub-config and of what the other parts fix.
+
+    Args:
+        where: path of the sub-config, for messages.
+
+    Raises:
+        UserError: the sub-config has a field that `kind` has not, or lacks one.
+    """
+    check_options(kind, where, fields, fixed)
+    try:
+        return kind(**fields, **fixed)
+    except TypeError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check_options(
+    function: Callable[..., Any], where: str, fields: ConfigDict, fixed: Collection[str]
+) -> None:
+    """Makes sure that a sub-config has the arguments of a function, less those that are `fixed`.
+
+    Raises:
+        UserError: it has another one, or lacks one that has no default.
+    """
+    parameters = inspect.signature(function).parameters
+    known = {name: p.default for name, p in parameters.items() if name not in fixed}
+    for field in fields:
+        if field not in known:
+            raise UserError(f'{where} has no option "{field}"{nearest(field, known)}')
+    for name, default in known.items():
+        if default is inspect.Parameter.empty and name not in fields:
+            raise UserError(f'{where}: "{name}" is missing')
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

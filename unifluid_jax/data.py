@@ -1,14 +1,17 @@
 """Builds data sets, and shows what a model sees of them.
 
     unifluid data build easy_vqa openmoji
+    unifluid data import my_pictures
     unifluid data latents --config=experiments/quickstart.py
     unifluid data show --config=experiments/quickstart.py
 
 `build` fetches the source package, writes the records as TFDS ArrayRecord files with their
 licence, and caches the latents of every picture under the image tokenizer. What is there already
 is kept. NAME is a folder of `data/`, with a configuration where it has several
-("openmoji/128px"). `latents` caches the latents of all data that a config makes pictures of, under
-the config's image tokenizer. `show` prints one batch of a config and writes its pictures.
+("openmoji/128px"). `import` makes a data set of a folder of your own, with pictures and one file of
+JSON lines for each split (data/folder.py says how), and caches latents too. `latents` caches the
+latents of all data that a config makes pictures of, under the config's image tokenizer. `show`
+prints one batch of a config and writes its pictures.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from ml_collections import ConfigDict
 
+from data import folder as picture_folder
 from unifluid_jax import cli, image_tokenizer
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.input import latents, pipeline, show
@@ -33,6 +37,7 @@ from unifluid_jax.input.records import Records, find_missing, open_builder
 
 _DATA_DIR = flags.DEFINE_string("data_dir", "data_cache", "folder of the data sets")
 _CONFIG = cli.config_flag()
+_NAME = flags.DEFINE_string("name", None, "name of an imported data set, if not its folder's")
 _LATENTS = flags.DEFINE_bool("latents", True, "cache the latents of the pictures too")
 _IMAGE_TOKENIZER = flags.DEFINE_string(
     "image_tokenizer",
@@ -46,8 +51,11 @@ DATASETS = ("easy_vqa", "openmoji")
 
 
 def main(argv: list[str]) -> None:
-    command, *names = cli.positional(argv, "build|latents|show", "[NAME]...")
+    command, *names = cli.positional(argv, "build|import|latents|show", "[NAME]...")
     console = rich.console.Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    if command == "import":
+        import_folders(names, console)
+        return
     if command != "build":
         if names:
             raise UserError(f"`unifluid data {command}` takes no data set, only --config")
@@ -62,6 +70,29 @@ def main(argv: list[str]) -> None:
         written = build(builder, console)
         if tokenizer is not None:
             cache_latents(name, _DATA_DIR.value, tokenizer, console, anew=written)
+
+
+def import_folders(folders: Sequence[str], console: rich.console.Console) -> None:
+    """Makes data sets of folders, as `data.folder` describes them.
+
+    Raises:
+        UserError: none or too many folders, or what is in one is wrong.
+    """
+    if not folders:
+        raise UserError("which folder? give one, with pictures and a train.jsonl")
+    if _NAME.value and len(folders) > 1:
+        raise UserError("--name is for one folder: import them one by one")
+    tokenizer = image_tokenizer.load(_IMAGE_TOKENIZER.value) if _LATENTS.value else None
+    tfds.disable_progress_bar()
+    for path in folders:
+        name = _NAME.value or Path(path).resolve().name
+        with console.status(f"importing {path} ..."), contextlib.redirect_stdout(io.StringIO()):
+            target = picture_folder.build(path, name, _DATA_DIR.value)
+        info = open_builder(name, _DATA_DIR.value).info
+        splits = ", ".join(f"{split} {i.num_examples:,}" for split, i in info.splits.items())
+        console.print(f"{name} at {target}: {splits} records")
+        if tokenizer is not None:
+            cache_latents(name, _DATA_DIR.value, tokenizer, console, anew=True)
 
 
 def make_builder(name: str, data_dir: str | Path) -> tfds.core.DatasetBuilder:

@@ -171,8 +171,9 @@ def _described(
     info: dict[str, Any],
 ) -> tuple[VaeConfig, Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
     """Architecture, and mean and standard deviation of the channels, from config.json."""
-    vae = info["vae"]
-    config = VaeConfig(**{**vae, "multipliers": tuple(vae["multipliers"])})
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in info["vae"].items()}
+    # Looked up by name, so that its default cannot stand in for what the file lacks.
+    config = VaeConfig(**{**frozen, "multipliers": frozen["multipliers"]})
     mean, std = (np.asarray(info[name], np.float32) for name in ("channel_mean", "channel_std"))
     if not mean.shape == std.shape == (config.token_dim,):
         raise ValueError(
@@ -196,10 +197,22 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     flat = trees.flatten(jax.device_get(params))
     save_file({name: leaf.astype(np.float16) for name, leaf in flat.items()}, path / WEIGHTS)
+    write_config(path, config, channel_mean.round(6), channel_std.round(6), info)
+
+
+def write_config(
+    path: Path,
+    config: VaeConfig,
+    channel_mean: Float[np.ndarray, "C"],
+    channel_std: Float[np.ndarray, "C"],
+    info: dict[str, Any],
+) -> None:
+    """Writes config.json alone: for weights that are written by other means."""
     record = {
         "vae": dataclasses.asdict(config),
-        "channel_mean": [round(float(x), 6) for x in channel_mean],
-        "channel_std": [round(float(x), 6) for x in channel_std],
+        # The shortest text that is read back as the same float32.
+        "channel_mean": [float(str(x)) for x in channel_mean.astype(np.float32)],
+        "channel_std": [float(str(x)) for x in channel_std.astype(np.float32)],
         **info,
     }
     (path / CONFIG).write_text(json.dumps(record, indent=2) + "\n")

@@ -17,6 +17,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from unifluid_jax.diffusion import Sampler, guidance_at, sampler_from
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import Example
 from unifluid_jax.input.records import resized
+from unifluid_jax.interop import unifluid
 from unifluid_jax.models.functional import Params
 from unifluid_jax.parts import Parts, assemble
 
@@ -38,26 +40,34 @@ Picture = Image.Image | str | os.PathLike | np.ndarray
 
 
 def load(path: str | os.PathLike, which: str = "ema", step: int | None = None) -> "Model":
-    """The model in a checkpoint.
+    """The model in a checkpoint, or one that `unifluid convert --to=unifluid` exported.
 
     Args:
-        path: the workdir of a run, or the folder of one of its checkpoints.
+        path: the workdir of a run, the folder of one of its checkpoints, or that of the exported
+            model, which has one set of weights and no steps.
         which: "ema", the averaged weights, or "params".
         step: of the checkpoint, by default the latest.
 
     Raises:
         UserError: there is no such checkpoint, or it does not fit its own config.
     """
+    if unifluid.is_folder(Path(path)):
+        parts = assemble(unifluid.read_config(Path(path)))
+        abstract = jax.eval_shape(parts.model.init, jax.random.key(0))
+        return Model(parts, unifluid.read_params(Path(path), abstract))
     return from_checkpoint(checkpoint.stored_config(path, step), path, which, step)
 
 
 def from_checkpoint(
     config: ConfigDict, path: str | os.PathLike, which: str, step: int | None
 ) -> "Model":
-    """The weights of a checkpoint under a config that may differ from the stored one."""
+    """The weights of a checkpoint under a config that may differ from the stored one.
+
+    LoRA's adapters are merged into them.
+    """
     parts = assemble(config)
-    abstract = jax.eval_shape(parts.model.init, jax.random.key(0))
-    return Model(parts, checkpoint.restore_params(path, abstract, which, step))
+    abstract = jax.eval_shape(parts.trained.init, jax.random.key(0))
+    return Model(parts, parts.merged(checkpoint.restore_params(path, abstract, which, step)))
 
 
 @dataclasses.dataclass(frozen=True)

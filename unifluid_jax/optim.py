@@ -83,7 +83,7 @@ class _Rule:
     Attributes:
         decay: multiplies the weight decay.
         lr_scale: multiplies the learning rate.
-        freeze: the parameter never changes and has no optimizer state.
+        freeze: the parameter never changes and has neither gradient, optimizer state nor average.
         muon: which dims of a matrix are its inputs; the dims behind them are its outputs, those
             before them are stacked layers. Its momentum is made orthogonal (Muon) and scaled to
             the size of Adam's updates (Liu et al. 2025), so that `lr` and `decay` mean the same.
@@ -101,7 +101,7 @@ class _Rule:
 
     def matrix(self, dims: int) -> MuonDimensionNumbers | None:
         """Inputs and outputs of a parameter of so many dims, None where Adam is to update it."""
-        if not self.muon or self.freeze:
+        if not self.muon:
             return None
         return MuonDimensionNumbers(self.muon, tuple(range(max(self.muon) + 1, dims)))
 
@@ -120,27 +120,38 @@ def _match(config: ConfigDict, params: Tree) -> Tree:
     return trees.match_rules(rules, params, "config.optim.rules")
 
 
-def frozen(config: ConfigDict, params: Tree) -> Tree:
-    """A tree of bools: which parameters the rules freeze. Their gradients need not be computed."""
-    return jax.tree.map(lambda rule: rule.freeze, _match(config, params))
+def split(config: ConfigDict, params: Tree) -> tuple[Tree, Tree]:
+    """The parameters that are trained, and those that `config.rules` freeze.
+
+    `trees.join` makes one tree of them again.
+
+    Raises:
+        UserError: wrong rules, see `make`, or none is left to be trained.
+    """
+    still = jax.tree.map(lambda rule: rule.freeze, _match(config, params))
+    frozen, trained = trees.split(params, still)
+    if not trained:
+        raise UserError("config.optim.rules freeze every parameter: there is nothing to train")
+    return trained, frozen
 
 
 def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, AdamW, schedule.
+    """Clipping, AdamW, schedule; for the parameters that `split` leaves to be trained.
 
     Args:
         config: what `schedule` reads; `b1`, `b2`, `eps`; `clip`, the largest global norm of the
-            gradients of all that is not frozen, 0 for no limit; `weight_decay`; `mu_dtype`, the
-            dtype of the first moment; `rules`, (regex, options) pairs over the parameters' paths,
-            first match wins, see `_Rule`.
-        params: the parameters, abstract or not.
+            gradients, 0 for no limit; `weight_decay`; `mu_dtype`, the dtype of the first moment;
+            `rules`, (regex, options) pairs over the parameters' paths, first match wins, see
+            `_Rule`.
+        params: all parameters, abstract or not: those that are frozen too.
         total_steps: steps of the run.
 
     Raises:
         UserError: a parameter without a rule, a rule without a parameter, an unknown option, an
             impossible schedule.
     """
-    rules = _match(config, params)
+    rules, _ = split(config, _match(config, params))
+    params, _ = split(config, params)
     names = trees.paths(params)
 
     def check(rule: _Rule, name: str, param: Any) -> None:
@@ -152,9 +163,8 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
             )
 
     jax.tree.map(check, rules, names, params)
-    freeze = jax.tree.map(lambda rule: rule.freeze, rules)
     muon = jax.tree.map(lambda rule, p: rule.matrix(p.ndim) is not None, rules, params)
-    adam = jax.tree.map(lambda rule, is_muon: not (rule.freeze or is_muon), rules, muon)
+    adam = jax.tree.map(lambda is_muon: not is_muon, muon)
 
     matrices = jax.tree.map(
         lambda rule, p: rule.matrix(p.ndim) or optax.MaskedNode(), rules, params
@@ -162,8 +172,6 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
 
     def decay_and_scale(updates: Tree, params: Tree) -> Tree:
         def leaf(rule: _Rule, update: jax.Array, param: jax.Array) -> jax.Array:
-            if rule.freeze:
-                return update
             if (matrix := rule.matrix(param.ndim)) is not None:
                 sides = (matrix.reduction_axis, matrix.output_axis)
                 larger = max(math.prod(param.shape[d] for d in side) for side in sides)
@@ -178,8 +186,6 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
             scale_by_muon(mu_dtype=config.mu_dtype, weight_dimension_numbers=matrices), muon
         )
     return optax.chain(
-        # First, so that neither the norm nor the weights see a frozen parameter's gradient.
-        optax.masked(optax.set_to_zero(), freeze),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.masked(
             optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype), adam

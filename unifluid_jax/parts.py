@@ -4,17 +4,18 @@ The trainer and inference put the same parts together here.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from unifluid_jax import image_tokenizer
+from unifluid_jax import image_tokenizer, lora
+from unifluid_jax.config import make_part
 from unifluid_jax.diffusion import DDPM, Flow, process_from
-from unifluid_jax.errors import UserError, nearest
+from unifluid_jax.errors import UserError
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.input.examples import Sequencer, make_sequencer
-from unifluid_jax.models.functional import Functional
+from unifluid_jax.lora import Adapted, LoraConfig
+from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import GemmaConfig
 from unifluid_jax.models.head import HeadConfig
 from unifluid_jax.models.siglip import SiglipConfig
@@ -28,6 +29,8 @@ class Parts:
     Attributes:
         config: what it was made of.
         model: the functional face of the network.
+        trained: what is trained and in checkpoints: the model, with adapters beside its parameters
+            if there is a group `config.lora`.
         sequencer: the text tokenizer, and the layout of sequences.
         images: the image tokenizer.
         process: the noise process of the diffusion head.
@@ -35,9 +38,17 @@ class Parts:
 
     config: ConfigDict
     model: Functional
+    trained: Functional | Adapted
     sequencer: Sequencer
     images: ImageTokenizer
     process: DDPM | Flow
+
+    def merged(self, params: Params) -> Params:
+        """Parameters of `model` from those of `trained`, where they lie."""
+        if self.trained is self.model:
+            return params
+        where = jax.tree.map(lambda x: x.sharding, lora.base(params))
+        return jax.jit(self.trained.merge, out_shardings=where)(params)
 
 
 def assemble(config: ConfigDict) -> Parts:
@@ -73,23 +84,7 @@ def assemble(config: ConfigDict) -> Parts:
         target_in_head=c.target_in_head,
     )
     model = Functional(lambda rngs: UniFluid(model_config, rngs=rngs))
-    return Parts(config, model, sequencer, images, process)
-
-
-def make_part(kind: Callable[..., Any], where: str, fields: ConfigDict, **fixed: Any) -> Any:
-    """`kind`, a dataclass, of a sub-config and of what the other parts fix.
-
-    Args:
-        where: path of the sub-config, for messages.
-
-    Raises:
-        UserError: the sub-config has a field that `kind` has not, or lacks one.
-    """
-    known = [field.name for field in dataclasses.fields(kind) if field.name not in fixed]
-    for field in fields:
-        if field not in known:
-            raise UserError(f'{where} has no option "{field}"{nearest(field, known)}')
-    try:
-        return kind(**fields, **fixed)
-    except TypeError as error:
-        raise UserError(f"{where}: {error}") from error
+    trained = model
+    if "lora" in config:
+        trained = Adapted(model, make_part(LoraConfig, "config.lora", config.lora))
+    return Parts(config, model, trained, sequencer, images, process)

@@ -156,10 +156,7 @@ def editing(
     Raises:
         UserError: both views are left out.
     """
-    if source is None and source_latents is None:
-        raise UserError(
-            "an edit needs a view of its source: switch on edit_vision, edit_latents or both"
-        )
+    check_views(source is not None, source_latents is not None)
     prefix = []
     if source is not None:
         prefix.append(_vision(layout))
@@ -168,6 +165,19 @@ def editing(
     prefix.append(_text(layout, [layout.bos, *instruction]))
     images = None if source is None else source[None]
     return _assemble(layout, prefix, [_targets(layout, target, order)], images)
+
+
+def check_views(vision: bool, latents: bool) -> None:
+    """Makes sure that an edit sees its source.
+
+    Raises:
+        UserError: it is to be shown neither to the vision tower nor as latents.
+    """
+    if not (vision or latents):
+        raise UserError(
+            "an edit needs a view of its source: switch on config.input.edit_vision,"
+            " config.input.edit_latents or both"
+        )
 
 
 def dropped(layout: Layout, prompt: list[int]) -> list[int]:

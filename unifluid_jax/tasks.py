@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from unifluid_jax import config as configs
 from unifluid_jax import image_tokenizer, losses
 from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
@@ -18,11 +19,12 @@ from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
 from unifluid_jax.input import pipeline
 from unifluid_jax.input.tokenizer import TextTokenizer
+from unifluid_jax.lora import Adapted
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.pair import Pair, TextTowerConfig
 from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.models.vae import VaeConfig
-from unifluid_jax.parts import assemble, make_part
+from unifluid_jax.parts import assemble
 
 Batch = dict[str, jax.Array]
 
@@ -35,7 +37,7 @@ class Task(Protocol):
         model: its `init` and its logical axes.
     """
 
-    model: Functional
+    model: Functional | Adapted
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
         """This process's rows of every batch, rows first; with Grain's get_state and set_state."""
@@ -72,7 +74,9 @@ class UniFluidTask:
     def __init__(self, config: ConfigDict):
         self._config = config
         self._parts = assemble(config)
-        self.model = self._parts.model
+        fixed = ("model", "process", "batch", "key_B", "total", "text_slots", "image_slots")
+        configs.check_options(losses.unified, "config.loss", config.loss, fixed)
+        self.model = self._parts.trained
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.packed_batches(self._config, self._parts.sequencer, process, processes)
@@ -103,7 +107,7 @@ class UniFluidTask:
         )
 
     def subject(self, params: Params) -> Model:
-        return Model(self._parts, params)
+        return Model(self._parts, self._parts.merged(params))
 
 
 class TokenizerTask:
@@ -111,7 +115,11 @@ class TokenizerTask:
 
     def __init__(self, config: ConfigDict):
         self._config = config
-        self._vae = make_part(VaeConfig, "config.model", config.model)
+        if "lora" in config:
+            raise UserError('config.lora is for the task "unifluid": leave it out')
+        fixed = ("model", "images", "key_B", "total")
+        configs.check_options(losses.autoencoder, "config.loss", config.loss, fixed)
+        self._vae = configs.make_part(VaeConfig, "config.model", config.model)
         self.model = image_tokenizer.module(self._vae)
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
@@ -143,10 +151,17 @@ class SiglipTask:
 
     def __init__(self, config: ConfigDict):
         self._config = config
-        self._text = TextTokenizer(config.tokenizer.path)
+        if "lora" in config:
+            raise UserError('config.lora is for the task "unifluid": leave it out')
+        if config.train.accumulate != 1:
+            raise UserError(
+                f"config.train.accumulate is {config.train.accumulate}: a picture is compared with "
+                "the captions of its batch, so the batch of the task siglip must stay whole; set 1"
+            )
+        self._text = configs.make_part(TextTokenizer, "config.tokenizer", config.tokenizer)
         c = config.model
-        vision = make_part(SiglipConfig, "config.model.vision", c.vision)
-        text = make_part(
+        vision = configs.make_part(SiglipConfig, "config.model.vision", c.vision)
+        text = configs.make_part(
             TextTowerConfig, "config.model.text", c.text, vocab_size=self._text.vocab_size
         )
         self.model = Functional(lambda rngs: Pair(vision, text, rngs=rngs))

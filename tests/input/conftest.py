@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from unifluid_jax.input import examples, latents
+from unifluid_jax.input.records import canonical_features
 
 SIZE = 16  # pixels; 8 x 8 patches: 4 vision tokens
 IMAGE_TOKENS, TOKEN_DIM = 4, 3
@@ -42,16 +43,9 @@ class Toys(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        sequence = tfds.features.Sequence
-        features = {
-            "id": TEXT,
-            "images": sequence(tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png")),
-            "captions": sequence({"image": np.int64, "text": TEXT}),
-            "questions": sequence({"image": np.int64, "question": TEXT, "answer": TEXT}),
-            "edits": sequence({"source": np.int64, "target": np.int64, "instruction": TEXT}),
-            "color": TEXT,
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(
+            builder=self, features=canonical_features((SIZE, SIZE, 3), color=TEXT)
+        )
 
     def _split_generators(self, dl_manager):
         return {
@@ -171,7 +165,13 @@ def world():
         config.tokenizer = ConfigDict({"path": "unifluid_jax/assets/spm_small.model"})
         config.image_tokenizer = ConfigDict({"path": "nowhere"})
         config.model = ConfigDict(
-            {"vision": {"image_size": SIZE, "patch_size": 8}, "bidirectional_prefix": False}
+            {
+                "vision": {
+                    "image_size": SIZE, "patch_size": 8, "width": 8, "depth": 1, "heads": 2,
+                    "mlp_dim": 8,
+                },
+                "bidirectional_prefix": False,
+            }  # fmt: skip
         )
         config.input = ConfigDict(
             {

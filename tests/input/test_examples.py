@@ -181,7 +181,7 @@ def test_views_of_an_edits_source_are_switched_by_flags(toy_sequencer, vision, l
     sequencer = toy_sequencer(edit_vision=vision, edit_latents=latents)
     example = an_example("edit")
     if not (vision or latents):
-        with pytest.raises(UserError, match="edit_vision, edit_latents"):
+        with pytest.raises(UserError, match="input.edit_vision,.*input.edit_latents or both"):
             sequencer.train(example, rng())
         return
     sequence = sequencer.train(example, rng())
@@ -230,7 +230,7 @@ def test_the_largest_example_is_as_large_as_announced(toy_sequencer, task, views
     fields = {"edit_vision": vision, "edit_latents": latents, "text_drop": 0.0}
     text = toy_sequencer().text
     words = "a red circle and a teal triangle on a blue square"
-    prompt = examples.prompt_text(task, words)
+    prompt = text.prompt(task, words)
     limit = len(text.encode(prompt))
     sequencer = toy_sequencer(max_prompt_tokens=limit, **fields)
     answer = "?" * 60

@@ -12,7 +12,6 @@ from array_record.python import array_record_module
 
 from unifluid_jax.errors import UserError
 from unifluid_jax.input import pipeline, records, show
-from unifluid_jax.input.examples import prompt_text
 from unifluid_jax.input.pipeline import (
     FIELDS,
     captioned_batches,
@@ -386,7 +385,7 @@ def test_corrupt_latents_are_treated_like_corrupt_records(damaged, world, warnin
 def test_texts_that_do_not_fit_are_passed_over_and_heard_of_ever_more_rarely(toys, world, warnings):
     found, text = Records("toys", "train", toys), world(toys).sequencer.text
     lengths = {
-        i: len(text.encode(prompt_text("vqa", found[i].questions[0][1])))
+        i: len(text.encode(text.prompt("vqa", found[i].questions[0][1])))
         for i in found.with_task("vqa").tolist()
     }
     limit = min(lengths.values())

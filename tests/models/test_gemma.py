@@ -68,6 +68,24 @@ def test_scanned_equals_unrolled(params, inputs, remat):
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
+def test_scanned_equals_unrolled_in_gemma3(inputs):
+    """Two bases of RoPE, norms of queries and keys; a depth below the pattern's length too."""
+    gemma3 = {
+        "attention": ("local",) * 5 + ("global",),
+        "qk_norm": True,
+        "rope_base": 1_000_000.0,
+        "local_rope_base": 10_000.0,
+        "rope_stretch": 8.0,
+    }
+    for depth in (4, 7):
+        unrolled = functional(**gemma3, depth=depth)
+        params = jax.jit(unrolled.init)(jax.random.key(0))
+        scanned = functional(**gemma3, depth=depth, scan_layers=True)
+        np.testing.assert_allclose(
+            full(scanned, params, inputs), full(unrolled, params, inputs), atol=1e-5
+        )
+
+
 def test_scanned_gradient_equals_unrolled(params, inputs):
     def gradient(f):
         return jax.grad(lambda p: jnp.square(full(f, p, inputs)).sum())(params)
@@ -149,6 +167,12 @@ def test_rope_depends_on_distance_alone():
         turned = gemma.rope(x, jnp.array([[2 + shift, 5 + shift]]), 10_000.0)
         dots.append(jnp.vdot(turned[0, 0], turned[0, 1]))
     np.testing.assert_allclose(dots[0], dots[1], rtol=1e-5)
+
+
+def test_stretched_rope_is_that_of_nearer_positions():
+    x = jax.random.normal(jax.random.key(0), (1, 2, 1, 8))
+    far = gemma.rope(x, jnp.array([[16, 40]]), 1e6, stretch=8.0)
+    np.testing.assert_allclose(far, gemma.rope(x, jnp.array([[2, 5]]), 1e6), atol=1e-6)
 
 
 def test_bfloat16_compute_keeps_float32_parameters(params, inputs):

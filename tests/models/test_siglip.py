@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unifluid_jax.models import siglip
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.siglip import Siglip, SiglipConfig
 
@@ -194,3 +195,16 @@ def test_pooling_averages_squares_of_patches(images):
 def test_a_pool_that_does_not_divide_the_patches_is_refused():
     with pytest.raises(ValueError, match="pool 2 does not divide 3 patches"):
         functional(dataclasses.replace(CONFIG, pool=2)).init(jax.random.key(0))
+
+
+def test_resized_positions():
+    """The same grid is left alone, constants stay, rows and columns are not mixed up."""
+    row, column = np.divmod(np.arange(64), 8)
+    table = np.stack([np.ones(64), row, column], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(siglip.resize_positions(table, 8), table)
+    resized = siglip.resize_positions(table, 12).reshape(12, 12, 3)
+    np.testing.assert_allclose(resized[:, :, 0], 1.0, rtol=1e-6)
+    np.testing.assert_array_equal(resized[:, :, 1], resized[:, :, 2].T)
+    assert (np.diff(resized[:, 0, 1]) > 0).all() and np.ptp(resized[0, :, 1]) < 1e-6
+    with pytest.raises(ValueError, match="63 positions are no square grid"):
+        siglip.resize_positions(table[1:], 4)

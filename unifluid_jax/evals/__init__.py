@@ -15,13 +15,14 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from unifluid_jax import sequence
 from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.evals import caption, edit, generate, grid, match, reconstruction, vqa
 from unifluid_jax.evals.base import EvalConfig, Outcome
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
-from unifluid_jax.input.records import open_builder
+from unifluid_jax.input.records import Records
 
 # A type is a module with a `Config`, `read(config, c)` for its examples, and
 # `score(subject, examples, c)`.
@@ -47,12 +48,14 @@ def check(config: ConfigDict) -> dict[str, EvalConfig]:
     """The evaluations of `config.evals`, by name; to be called before a run begins.
 
     Raises:
-        UserError: an unknown type or field, a missing field, a value that makes no sense, or a data
-            set or package that is not there.
+        UserError: an unknown type or field, a missing field, a value that makes no sense, a data
+            set, split or package that is not there, or edits by a model that sees no source.
     """
     checked = {name: _make(name, fields) for name, fields in config.evals.items()}
     for c in checked.values():
-        open_builder(c.dataset, config.data_dir)
+        Records(c.dataset, c.split, config.data_dir, c.fields)  # refuses, and reads no record
+        if c.type == "edit":
+            sequence.check_views(config.input.edit_vision, config.input.edit_latents)
     return checked
 
 

@@ -1,7 +1,7 @@
 """Records to examples to sequences: what each task takes from a record, and how it is laid out.
 
-Prompts are PaliGemma's: "caption en" and "answer en {question}". Generation and editing read the
-caption or instruction as it is.
+What a model reads before a caption or an answer is said by `config.tokenizer`. Generation and
+editing read the caption or instruction as it is.
 """
 
 import dataclasses
@@ -12,9 +12,11 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from unifluid_jax import sequence
+from unifluid_jax.config import make_part
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.records import TASK_PARTS, Record, resized
 from unifluid_jax.input.tokenizer import TextTokenizer
+from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.sequence import Latents, Layout, Sequence
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from unifluid_jax.image_tokenizer import ImageTokenizer
 
 TASKS = tuple(TASK_PARTS)
-CAPTION_PROMPT = "caption en"
-ANSWER_PROMPT = "answer en {question}"
 
 
 class Unfit(Exception):
@@ -175,7 +175,7 @@ class Sequencer:
             Unfit: a text of it is empty or longer than `max_prompt_tokens`. It is not cut: a cut
                 answer would teach the model to stop anywhere.
         """
-        prompt = self._checked(prompt_text(example.task, example.prompt))
+        prompt = self._checked(self.text.prompt(example.task, example.prompt))
         if example.task in ("caption", "vqa"):
             image = resized(example.image, self.image_size)
             return sequence.understanding(self.layout, image, prompt, self._checked(example.answer))
@@ -201,7 +201,7 @@ class Sequencer:
         if example.task != "caption" and not example.prompt.strip():
             raise UserError(f"the prompt of the task {example.task} is empty: say what is wanted")
         try:
-            prompt = self._checked(prompt_text(example.task, example.prompt))
+            prompt = self._checked(self.text.prompt(example.task, example.prompt))
         except Unfit as error:
             raise UserError(f'prompt "{_short(example.prompt)}": {error}') from None
         if dropped:
@@ -220,7 +220,11 @@ class Sequencer:
         return sequence.raster(self.layout)
 
     def largest(self, task: str) -> dict[str, int]:
-        """What an example of a task takes up at most, by the names of the caps in the config."""
+        """What an example of a task takes up at most, by the names of the caps in the config.
+
+        Raises:
+            UserError: an edit is to see nothing of its source.
+        """
         layout, limit = self.layout, self._limit
         if task in ("caption", "vqa"):
             # BOS and separator around the prompt; the answer's EOS is predicted, never fed.
@@ -228,6 +232,7 @@ class Sequencer:
             return {"seq_len": length, "max_images": 1, "max_text_targets": limit + 1}
         length = 1 + limit + layout.image_tokens
         if task == "edit":
+            sequence.check_views(self._edit_vision, self._edit_latents)
             length += self._edit_vision * layout.vision_tokens
             length += self._edit_latents * layout.image_tokens
         return {
@@ -264,26 +269,19 @@ def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
     """The sequencer of a config and its image tokenizer; reads the text tokenizer.
 
     Raises:
-        UserError: the text tokenizer cannot be used.
+        UserError: the text tokenizer cannot be used, or the vision tower lacks a size.
     """
-    text = TextTokenizer(config.tokenizer.path)
-    vision = config.model.vision
+    text = make_part(TextTokenizer, "config.tokenizer", config.tokenizer)
+    vision = make_part(SiglipConfig, "config.model.vision", config.model.vision)
     layout = Layout(
         **text.layout_ids,
-        vision_tokens=(vision.image_size // vision.patch_size // vision.get("pool", 1)) ** 2,
+        vision_tokens=vision.tokens,
         image_tokens=images.config.image_tokens,
         token_dim=images.config.token_dim,
         bidirectional_prefix=config.model.bidirectional_prefix,
     )
     scale = LatentScale(images.channel_mean, images.channel_std)
     return Sequencer(text, layout, scale, images.fingerprint, vision.image_size, config.input)
-
-
-def prompt_text(task: str, prompt: str) -> str:
-    """What the model reads for a prompt of this task."""
-    if task == "caption":
-        return CAPTION_PROMPT
-    return ANSWER_PROMPT.format(question=prompt) if task == "vqa" else prompt
 
 
 def _short(text: str) -> str:

@@ -75,6 +75,28 @@ class Record:
             raise ValueError(f"image {index} cannot be decoded: {error}") from error
 
 
+def canonical_features(
+    shape: tuple[int | None, int | None, int], **extra: tfds.features.FeatureConnector
+) -> tfds.features.FeaturesDict:
+    """The canonical form, as a builder declares it.
+
+    Args:
+        shape: of the pictures; None for sizes that differ.
+        **extra: features of the data set's own.
+    """
+    text, sequence = tfds.features.Text(), tfds.features.Sequence
+    return tfds.features.FeaturesDict(
+        {
+            "id": text,
+            "images": sequence(tfds.features.Image(shape=shape, encoding_format="png")),
+            "captions": sequence({"image": np.int64, "text": text}),
+            "questions": sequence({"image": np.int64, "question": text, "answer": text}),
+            "edits": sequence({"source": np.int64, "target": np.int64, "instruction": text}),
+            **extra,
+        }
+    )
+
+
 def resized(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.ndarray, "h w 3"]:
     """A picture of `size` x `size`; another aspect is squashed (PaliGemma)."""
     if image.shape[:2] == (size, size):

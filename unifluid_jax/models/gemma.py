@@ -1,6 +1,7 @@
 """Gemma decoder: the backbone that reads text and image embeddings in one sequence.
 
-Gemma-2 is UniFluid's main one.
+Gemma-2 is UniFluid's main one; by their configs the same blocks are Gemma-1 and the text part of
+Gemma-3 (`presets.py` has the published sizes).
 
 Letters: B rows, T positions fed, S positions attended to (T, or the slots of the cache), D width,
 H query heads, G key/value heads, Q = H / G query heads per key/value head, K head dim, F MLP width,
@@ -33,11 +34,15 @@ class GemmaConfig:
             depth.
         window: positions a local layer sees, itself included.
         query_scale: factor on queries; None is `head_dim ** -0.5`.
+        qk_norm: RMSNorm of every query and key head before RoPE (Gemma-3).
         attention_cap, final_cap: soft caps of attention and vocabulary logits; None is no cap
-            (Gemma-1).
-        post_norms: RMSNorm after attention and MLP too (Gemma-2).
+            (Gemma-1 and Gemma-3).
+        post_norms: RMSNorm after attention and MLP too (Gemma-2 and Gemma-3).
         post_norm_init: what a fresh one of these multiplies by. Below 1, fresh layers leave the
             residual stream mostly as it is: for models that start from nothing (our choice).
+        rope_base: longest wavelength of RoPE in global layers, over 2 pi.
+        local_rope_base: the same in local layers; None is `rope_base`.
+        rope_stretch: positions of global layers are divided by it (Gemma-3's linear RoPE scaling).
         scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled
             (CPU: a scan body runs on one core).
         remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every
@@ -55,14 +60,23 @@ class GemmaConfig:
     attention: tuple[str, ...] = ("local", "global")
     window: int = 4096
     query_scale: float | None = None
+    qk_norm: bool = False
     attention_cap: float | None = 50.0
     final_cap: float | None = 30.0
     post_norms: bool = True
     post_norm_init: float = 1.0
     rope_base: float = 10_000.0
+    local_rope_base: float | None = None
+    rope_stretch: float = 1.0
     scan_layers: bool = True
     remat: str | None = None
     dtype: str = "float32"
+
+    def rope_of(self, kind: str) -> tuple[float, float]:
+        """Base and stretch of RoPE in layers of this kind of attention."""
+        if kind == "global":
+            return self.rope_base, self.rope_stretch
+        return self.rope_base if self.local_rope_base is None else self.local_rope_base, 1.0
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -71,14 +85,17 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def rope(
-    x_BTHK: Float[Array, "B T H K"], position_BT: Int[Array, "B T"], base: float
+    x_BTHK: Float[Array, "B T H K"],
+    position_BT: Int[Array, "B T"],
+    base: float,
+    stretch: float = 1.0,
 ) -> Float[Array, "B T H K"]:
     """Rotary position embedding, angles in float32.
 
-    Halves are rotated against each other (Gemma's convention).
+    Halves are rotated against each other (Gemma's convention). Positions are divided by `stretch`.
     """
     half = x_BTHK.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half) / stretch
     angle = position_BT[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
@@ -109,9 +126,9 @@ def attend(
 class RmsNorm(nnx.Module):
     """RMSNorm with Gemma's `1 + scale`, eps 1e-6, in float32."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, factor: float = 1.0):
+    def __init__(self, width: int, *, rngs: nnx.Rngs, factor: float = 1.0, axis: str = "embed"):
         init = jax.nn.initializers.constant(factor - 1.0)
-        self.scale = param(init, rngs.params(), (width,), ("embed",))
+        self.scale = param(init, rngs.params(), (width,), (axis,))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         y = x.astype(jnp.float32)
@@ -121,7 +138,7 @@ class RmsNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and GeGLU MLP, each with a norm before and, in Gemma-2, one after."""
+    """Attention and GeGLU MLP, each with a norm before and, since Gemma-2, one after."""
 
     def __init__(self, config: GemmaConfig, *, rngs: nnx.Rngs):
         self.config = c = config
@@ -143,6 +160,9 @@ class Block(nnx.Module):
             (c.heads, c.head_dim, c.width),
             ("heads", "head_dim", "embed"),
         )
+        if c.qk_norm:
+            self.q_norm = RmsNorm(c.head_dim, axis="head_dim", rngs=rngs)
+            self.k_norm = RmsNorm(c.head_dim, axis="head_dim", rngs=rngs)
         self.pre_mlp_norm = RmsNorm(c.width, rngs=rngs)
         self.gate = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
         self.up = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
@@ -154,26 +174,29 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
+        kind: str,
         position_BT: jax.Array,
         mask_BTS: jax.Array,
         cache: Cache | None,
         offset: jax.Array | int,
     ) -> tuple[jax.Array, Cache | None]:
         attended, cache = self._attention(
-            self.pre_attention_norm(x_BTD), position_BT, mask_BTS, cache, offset
+            self.pre_attention_norm(x_BTD), kind, position_BT, mask_BTS, cache, offset
         )
         x_BTD += self.post_attention_norm(attended) if self.config.post_norms else attended
         fed = self._mlp(self.pre_mlp_norm(x_BTD))
         return x_BTD + (self.post_mlp_norm(fed) if self.config.post_norms else fed), cache
 
-    def _attention(self, x_BTD, position_BT, mask_BTS, cache, offset):
+    def _attention(self, x_BTD, kind, position_BT, mask_BTS, cache, offset):
         c, dtype = self.config, x_BTD.dtype
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(dtype))
         k = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.k[...].astype(dtype))
         v = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.v[...].astype(dtype))
-        q = rope(q, position_BT, c.rope_base) * scale
-        k = rope(k, position_BT, c.rope_base)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rope(q, position_BT, *c.rope_of(kind)) * scale
+        k = rope(k, position_BT, *c.rope_of(kind))
         if cache is not None:
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(cache[name], new, offset, axis=1)
@@ -260,7 +283,7 @@ class Gemma(nnx.Module):
         masks = {"global": mask_BTS, "local": mask_BTS & (distance < self.config.window)}
 
         def run(block: Block, kind: str, x: jax.Array, layer_cache: Cache | None):
-            return block(x, position_BT, masks[kind], layer_cache, offset)
+            return block(x, kind, position_BT, masks[kind], layer_cache, offset)
 
         layer_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         x_BTD, layer_cache = _run_layers(self.config, self.layers, run, x_BTD, layer_cache)

@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -29,7 +30,8 @@ class SiglipConfig:
 
     Attributes:
         image_size: side of the square pictures, pixels. What `patch_size` does not divide is cut
-            off at the right and the bottom (So400m/14 at 384: 27 x 27 patches).
+            off at the right and the bottom (So400m/14 at 384: 27 x 27 patches). Weights of a tower
+            for another size fit after `resize_positions`.
         patch_size: side of a patch, pixels.
         pool: side of the squares of patches whose features are averaged into one, as Gemma-3 does
             with its SigLIP's; 1 keeps all of them.
@@ -143,6 +145,41 @@ def _pooled(x_BPW: Float[Array, "B P W"], size: int) -> Float[Array, "B M W"]:
     side = math.isqrt(count) // size
     x = x_BPW.reshape(b, side, size, side, size, width)
     return x.mean(axis=(2, 4)).reshape(b, side * side, width)
+
+
+def resize_positions(positions_MW: Float[np.ndarray, "M W"], grid: int) -> np.ndarray:
+    """Position embeddings of a square grid of patches for one of `grid` x `grid`, float32.
+
+    Bicubic (a = -0.75, borders repeated, pixel centres aligned, no antialiasing), which is what
+    Hugging Face's SigLIP does; big_vision interpolates linearly between the corners instead.
+    """
+    side = math.isqrt(len(positions_MW))
+    if side**2 != len(positions_MW):
+        raise ValueError(f"{len(positions_MW)} positions are no square grid")
+    if side == grid:
+        return np.asarray(positions_MW, np.float32)
+    matrix = _bicubic(side, grid)
+    table = np.asarray(positions_MW, np.float64).reshape(side, side, -1)
+    resized = np.einsum("ai,bj,ijw->abw", matrix, matrix, table, optimize=True)
+    return resized.reshape(grid * grid, -1).astype(np.float32)
+
+
+def _bicubic(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """The matrix of a bicubic interpolation (Keys' kernel) of `old` samples at `new` places."""
+
+    def kernel(distance: np.ndarray, a: float = -0.75) -> np.ndarray:
+        d = np.abs(distance)
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+        return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+    place = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(place)[:, None] + np.arange(-1, 3)[None]
+    matrix = np.zeros((new, old))
+    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
+    columns = np.clip(taps, 0, old - 1).astype(int)
+    np.add.at(matrix, (rows, columns), kernel(place[:, None] - taps))
+    return matrix
 
 
 def _patches(images_BHWC: Float[Array, "B H W 3"], size: int, grid: int) -> Float[Array, "B M P"]:

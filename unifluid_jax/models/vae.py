@@ -4,7 +4,7 @@ Pictures to continuous image tokens and back.
 
 UniFluid takes image tokens from a Stable-Diffusion-type VAE; grouping `patch` x `patch` latents
 into one token is MAR's and Fluid's way and our choice here. SD at 256 px: 32 x 32 x 4 latents,
-2 x 2 grouped, 256 tokens of 16 dims. MAR's KL-16: 16 x 16 x 16, patch 1.
+2 x 2 grouped, 256 tokens of 16 dims. MAR's KL-16: 16 x 16 x 16, patch 1 (`presets.py` has both).
 
 Letters: B pictures, H W pixels, h w latents' grid, z latent channels, N = (h / patch) (w / patch)
 tokens, C = patch^2 z dims of a token. Pixels are in [-1, 1]. Parameters carry the names of
@@ -35,6 +35,8 @@ class VaeConfig:
         channels: width of the first level; level i has `channels * multipliers[i]`.
         multipliers: one entry per level; each level but the last halves the resolution.
         blocks: residual blocks per level of the encoder; the decoder has one more.
+        encoder_attention, decoder_attention: levels whose residual blocks are each followed by
+            attention, counted from the pictures' side (SD: none; MAR's KL-16: the encoder's last).
         latent_channels: z.
         groups: groups of every GroupNorm.
         patch: side of the square of latents grouped into one token.
@@ -45,6 +47,8 @@ class VaeConfig:
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     blocks: int = 2
+    encoder_attention: tuple[int, ...] = ()
+    decoder_attention: tuple[int, ...] = ()
     latent_channels: int = 4
     groups: int = 32
     patch: int = 2
@@ -163,18 +167,30 @@ class Level(nnx.Module):
     """Residual blocks of one resolution, and the convolution that leaves it (down, up or none)."""
 
     def __init__(
-        self, inputs: int, outputs: int, blocks: int, groups: int, resample: bool, *, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        groups: int,
+        *,
+        attention: bool,
+        resample: bool,
+        rngs: nnx.Rngs,
     ):
-        self.blocks = blocks
+        self.blocks, self.attention = blocks, attention
         for i in range(blocks):
             block = ResBlock(inputs if i == 0 else outputs, outputs, groups, rngs=rngs)
             setattr(self, f"resnet_{i}", block)
+            if attention:
+                setattr(self, f"attention_{i}", Attention(outputs, groups, rngs=rngs))
         if resample:
             self.resample = Conv(outputs, outputs, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.blocks):
             x = getattr(self, f"resnet_{i}")(x)
+            if self.attention:
+                x = getattr(self, f"attention_{i}")(x)
         return x
 
 
@@ -186,9 +202,14 @@ class Encoder(nnx.Module):
         self.levels = len(widths)
         self.conv_in = Conv(3, widths[0], 3, rngs=rngs)
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
             level = Level(
-                widths[max(i - 1, 0)], width, config.blocks, config.groups, not last, rngs=rngs
+                widths[max(i - 1, 0)],
+                width,
+                config.blocks,
+                config.groups,
+                attention=i in config.encoder_attention,
+                resample=i < len(widths) - 1,
+                rngs=rngs,
             )
             setattr(self, f"down_{i}", level)
         self.mid = Middle(widths[-1], config.groups, rngs=rngs)
@@ -215,9 +236,14 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs=rngs)
         self.mid = Middle(widths[0], config.groups, rngs=rngs)
         for i, width in enumerate(widths):
-            last = i == len(widths) - 1
             level = Level(
-                widths[max(i - 1, 0)], width, config.blocks + 1, config.groups, not last, rngs=rngs
+                widths[max(i - 1, 0)],
+                width,
+                config.blocks + 1,
+                config.groups,
+                attention=len(widths) - 1 - i in config.decoder_attention,
+                resample=i < len(widths) - 1,
+                rngs=rngs,
             )
             setattr(self, f"up_{i}", level)
         self.conv_norm_out = GroupNorm(widths[-1], config.groups, rngs=rngs)

@@ -1,0 +1,136 @@
+"""Against the `gemma` package itself: logits of small models, published sizes.
+
+Runs where the package is installed: `make test-interop`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifluid_jax import interop, trees
+from unifluid_jax.interop import transfer
+from unifluid_jax.interop.tensors import Memory
+from unifluid_jax.models.functional import Functional
+from unifluid_jax.models.gemma import Gemma, GemmaConfig
+from unifluid_jax.models.presets import GEMMA
+
+pytestmark = pytest.mark.interop
+gm = pytest.importorskip("gemma.gm", reason="make test-interop installs the gemma package")
+
+SIZES = {"width": 24, "mlp_dim": 40, "heads": 4, "kv_heads": 2, "head_dim": 8}
+GLOBAL_ALONE = {"attention": ("global",), "attention_cap": None, "final_cap": None}
+CONFIGS = {
+    "gemma1": {**SIZES, **GLOBAL_ALONE, "kv_heads": 1, "depth": 3, "post_norms": False},
+    # As many key heads as query heads: the package then keeps all three projections in one.
+    "gemma1_mha": {**SIZES, **GLOBAL_ALONE, "kv_heads": 4, "depth": 2, "post_norms": False},
+    "gemma2": {
+        **SIZES,
+        "depth": 5,
+        "window": 4,
+        "query_scale": (24 // 4) ** -0.5,  # that of 27B, unlike head_dim^-0.5
+        "attention_cap": 2.0,
+        "final_cap": 3.0,
+    },
+    "gemma3": {
+        **SIZES,
+        "depth": 8,
+        "attention": ("local",) * 5 + ("global",),
+        "window": 4,
+        "qk_norm": True,
+        "attention_cap": None,
+        "final_cap": None,
+        "rope_base": 1_000_000.0,
+        "local_rope_base": 10_000.0,
+        "rope_stretch": 8.0,
+    },
+}
+
+
+def their_config(c):
+    """The package's config of ours."""
+    kinds = {
+        "local": gm.nn.AttentionType.LOCAL_SLIDING,
+        "global": gm.nn.AttentionType.GLOBAL,
+    }
+    scales = gm.nn.config.QueryPreAttentionNormalisation
+    return gm.nn.config.TransformerConfig(
+        num_embed=c.vocab_size,
+        embed_dim=c.width,
+        hidden_dim=c.mlp_dim,
+        num_heads=c.heads,
+        head_dim=c.head_dim,
+        num_kv_heads=c.kv_heads,
+        final_logit_softcap=c.final_cap,
+        use_post_attn_norm=c.post_norms,
+        use_post_ffw_norm=c.post_norms,
+        attention_types=tuple(kinds[c.attention[i % len(c.attention)]] for i in range(c.depth)),
+        query_pre_attn_norm=scales.BY_ONE_OVER_SQRT_HEAD_DIM
+        if c.query_scale is None
+        else scales.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS,
+        attn_logits_soft_cap=c.attention_cap,
+        sliding_window_size=c.window if "local" in c.attention else None,
+        use_qk_norm=c.qk_norm,
+        local_base_frequency=c.rope_base if c.local_rope_base is None else c.local_rope_base,
+        global_base_frequency=c.rope_base,
+        global_scale_factor=c.rope_stretch,
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_the_packages(name, transposed):
+    """Both layouts of the MLP's gates; the shapes tell which, for no square is among them."""
+    config = GemmaConfig(vocab_size=64, **CONFIGS[name])
+    tokens = jnp.asarray(np.random.RandomState(0).randint(1, 64, (2, 17)))
+    theirs = gm.nn.Transformer(
+        config=dataclasses.replace(their_config(config), transpose_gating_einsum=transposed),
+        dtype=jnp.float32,
+    )
+    rng = np.random.RandomState(1)
+    shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), tokens=tokens))
+    params = jax.tree.map(
+        lambda x: (rng.standard_normal(x.shape) * (0.2 if x.ndim < 2 else 0.3)).astype("f"), shapes
+    )
+    logits = theirs.apply(params, tokens=tokens).logits
+
+    ours = Functional(lambda rngs: Gemma(config, rngs=rngs))
+    abstract = jax.eval_shape(ours.init, jax.random.key(0))
+    leaves = interop.leaves_of(abstract)
+    memory = Memory.empty(leaves)
+    source = Memory(trees.flatten(params["params"]))
+    transfer.bring_in(transfer.fit(interop.TABLES["gemma"], source, leaves), memory)
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), list(memory.arrays.values()))
+
+    @jax.jit
+    def run(params):
+        model = ours.bind(params)
+        rows, length = tokens.shape
+        position = jnp.broadcast_to(jnp.arange(length), (rows, length))
+        mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
+        return model.logits(model(model.embed(tokens), position, mask)[0])
+
+    difference = np.abs(run(tree) - logits).max() / np.abs(logits).max()
+    assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("name", [n for n in GEMMA if not n.startswith("gemma1")])
+def test_published_sizes_are_the_packages(name):
+    """All but Gemma-1, which the package no longer has."""
+    version, size = name.removeprefix("gemma").split("_")
+    config = getattr(gm.nn, f"Gemma{version}_{size.upper()}").config
+    rows = {"2": 256_128, "3": 262_144}[version]
+    ours = GemmaConfig(vocab_size=rows, **GEMMA[name])
+    left_out = {"vision_encoder", "transpose_gating_einsum"}
+    for field in dataclasses.fields(config):
+        if field.name in left_out:
+            continue
+        expected, given = getattr(config, field.name), getattr(their_config(ours), field.name)
+        if field.name == "attention_types":
+            expected, given = tuple(expected), tuple(given)
+        assert given == expected, field.name
+    assert their_config(ours).query_pre_attn_scalar() == pytest.approx(
+        ours.head_dim**-0.5 if ours.query_scale is None else ours.query_scale
+    )
