@@ -24,6 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.task = "siglip"
     config.seed = 0
     config.data_dir = "data_cache"
+    config.init_from = ""  # a checkpoint or an exported model to start from
 
     config.tokenizer = ConfigDict({"path": "unifluid_jax/assets/spm_small.model"})
     config.model = ConfigDict()

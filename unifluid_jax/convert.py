@@ -11,8 +11,9 @@ are found out from the files. What none of them holds is initialised from the co
 listed. `unifluid train --config.init_from=initial` starts from it.
 
 Out: --to=unifluid, the whole model as safetensors and config.json, which `unifluid_jax.load` reads;
---to=paligemma, its understanding half for Hugging Face's transformers; --to=hf_gemma and
---to=gemma, the text backbone for transformers and for the `gemma` package.
+--to=paligemma, its understanding half for Hugging Face's transformers; --to=siglip, the vision
+tower for transformers, also of a run of the task "siglip"; --to=hf_gemma and --to=gemma, the text
+backbone for transformers and for the `gemma` package.
 
 Everything is compared leaf by leaf before anything is read, and copied a layer at a time: see
 docs/conversion.md.

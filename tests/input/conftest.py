@@ -167,7 +167,11 @@ def world():
         config.model = ConfigDict(
             {
                 "vision": {
-                    "image_size": SIZE, "patch_size": 8, "width": 8, "depth": 1, "heads": 2,
+                    "image_size": SIZE,
+                    "patch_size": 8,
+                    "width": 8,
+                    "depth": 1,
+                    "heads": 2,
                     "mlp_dim": 8,
                 },
                 "bidirectional_prefix": False,

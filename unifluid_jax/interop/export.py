@@ -23,6 +23,7 @@ from unifluid_jax.interop import (
     hf_config,
     hf_gemma,
     hf_paligemma,
+    hf_siglip,
     orbax,
     patch_sizes,
     safetensors,
@@ -35,9 +36,14 @@ from unifluid_jax.interop.tensors import Source
 from unifluid_jax.models.gemma import GemmaConfig
 from unifluid_jax.models.siglip import SiglipConfig
 
-FORMATS = ("unifluid", "paligemma", "hf_gemma", "gemma")
-
-_UNDERSTANDING = ("backbone/", "vision/", "vision_proj/")
+# The subtrees of ours that a format holds.
+_HELD = {
+    "paligemma": ("backbone/", "vision/", "vision_proj/"),
+    "hf_gemma": ("backbone/",),
+    "gemma": ("backbone/",),
+    "siglip": ("vision/",),
+}
+FORMATS = ("unifluid", *_HELD)
 
 
 class Stored:
@@ -117,8 +123,11 @@ def convert(
     Raises:
         UserError: the format has no place for the model, or the checkpoint is damaged.
     """
-    if config.task != "unifluid":
-        raise UserError(f'{folder} is of the task "{config.task}": "unifluid" is needed')
+    tasks = ("unifluid", "siglip") if to == "siglip" else ("unifluid",)
+    if config.task not in tasks:
+        raise UserError(
+            f'{folder} is of the task "{config.task}": --to={to} takes {" or ".join(tasks)}'
+        )
     alpha = config.lora.alpha if "lora" in config else None
     source = Stored(folder, which, alpha)
     with finished(out) as partial:
@@ -127,10 +136,12 @@ def convert(
                 raise UserError("--vocab_rows goes with other formats than unifluid")
             _copy_tokenizers(config, partial)
             return write_unifluid(source, config, partial, dtype=dtype, advance=advance)
-        rows = vocabulary or source.leaves["backbone/embedding"].shape[0]
-        text = make_part(
-            GemmaConfig, "config.model.backbone", config.model.backbone, vocab_size=rows
-        )
+        text = None
+        if to != "siglip":
+            rows = vocabulary or source.leaves["backbone/embedding"].shape[0]
+            text = make_part(
+                GemmaConfig, "config.model.backbone", config.model.backbone, vocab_size=rows
+            )
         vision = make_part(SiglipConfig, "config.model.vision", config.model.vision)
         return write(
             source, text, vision, to, partial, dtype=dtype, vocabulary=vocabulary, advance=advance
@@ -139,7 +150,7 @@ def convert(
 
 def write(
     source: Source,
-    text: GemmaConfig,
+    text: GemmaConfig | None,
     vision: SiglipConfig | None,
     to: str,
     out: Path,
@@ -148,7 +159,7 @@ def write(
     vocabulary: int | None = None,
     advance: Callable[..., None] = lambda done, total=None: None,
 ) -> dict[str, Leaf]:
-    """Writes a backbone, with vision tower and projection for a PaliGemma, to a folder.
+    """Writes a backbone, a vision tower, or both with their projection (PaliGemma), to a folder.
 
     Args:
         source: has the leaves of a UniFluid.
@@ -156,8 +167,8 @@ def write(
 
     Other arguments and errors as for `convert`.
     """
-    below = _UNDERSTANDING if to == "paligemma" else _UNDERSTANDING[:1]
-    prefix = "" if to == "paligemma" else "backbone/"
+    below = _HELD[to]
+    prefix = below[0] if len(below) == 1 else ""
     leaves = {
         name.removeprefix(prefix): leaf
         for name, leaf in source.leaves.items()
@@ -193,7 +204,7 @@ def write(
 
 def _format(
     to: str,
-    text: GemmaConfig,
+    text: GemmaConfig | None,
     vision: SiglipConfig | None,
     leaves: Mapping[str, Leaf],
     dtype: np.dtype | None,
@@ -201,6 +212,8 @@ def _format(
     """The table, the spelling of its names and config.json of a format."""
     if to == "gemma":
         return gemma_package.written(leaves), (), {}
+    if to == "siglip":
+        return hf_siglip.TABLE, hf_siglip.HUB_SPELLINGS, hf_config.siglip_vision(vision)
     prefix = "backbone/" if to == "paligemma" else ""
     kind = dtype or leaves[f"{prefix}embedding"].dtype
     which = int(text.post_norms)

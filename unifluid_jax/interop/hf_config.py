@@ -102,6 +102,11 @@ def siglip(config: SiglipConfig) -> dict[str, Any]:
     }
 
 
+def siglip_vision(config: SiglipConfig) -> dict[str, Any]:
+    """Of a vision tower that stands alone."""
+    return {"architectures": ["SiglipVisionModel"], **siglip(config)}
+
+
 def paligemma(text: GemmaConfig, vision: SiglipConfig, dtype: np.dtype) -> dict[str, Any]:
     """Of backbone, vision tower and projection as a PaliGemma.
 

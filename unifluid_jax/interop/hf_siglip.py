@@ -57,3 +57,6 @@ TABLE = Table(
     ),
 )
 TABLES = (TABLE,)
+
+# How files on the hub spell the names, which all versions of transformers read.
+HUB_SPELLINGS = ((r"^", "vision_model."),)
