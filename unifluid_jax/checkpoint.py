@@ -36,7 +36,7 @@ _FOLDER = "checkpoints"
 # The part of the state that no step changes: written with the first step, read with each.
 _FROZEN = "frozen"
 _CONFIG = "config.json"
-_PIECE = 64 << 20  # bytes
+_PIECE = 16 << 20  # bytes
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
 # which devices. Everything else decides which model comes out.
