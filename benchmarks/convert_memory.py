@@ -15,6 +15,7 @@ megabytes are inside.
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -75,15 +76,17 @@ def make(folder: Path) -> dict:
     )
     written = {name: Leaf(shape, BFLOAT16) for name, shape in plan.theirs.items()}
     (folder / "hf").mkdir()
-    noise = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    # Exponents of numbers around 2^-8 to 2^7: none is infinite, none is NaN.
+    noise = (rng.integers(0, 1 << 16, rules.PIECE, np.uint16) & 0x87FF) | 0x3800
     with safetensors.Writer(folder / "hf", written) as writer:
         for name, leaf in written.items():
             for at, rows in rules.split(leaf):
                 shape = leaf.shape if rows is None else (rows[1] - rows[0], *leaf.shape[1:])
-                bits = noise.integers(0, 1 << 16, shape, np.uint16, endpoint=False)
-                # Exponents of numbers around 2^-8 to 2^7: none is infinite, none is NaN.
-                bits = (bits & 0x87FF) | 0x3800
-                writer.write(Span(name, at, rows), bits.view(BFLOAT16))
+                # The same noise everywhere, from another place and with other bits flipped.
+                start = rng.integers(len(noise) - math.prod(shape) + 1)
+                bits = noise[start:][: math.prod(shape)] ^ np.uint16(rng.integers(1 << 11))
+                writer.write(Span(name, at, rows), bits.reshape(shape).view(BFLOAT16))
     largest = max(written.items(), key=lambda item: item[1].nbytes)
     return {
         "tensors": len(written),
