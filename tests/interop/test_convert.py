@@ -285,6 +285,47 @@ def test_positions_of_another_size_are_resized_when_asked(world, tmp_path):
     np.testing.assert_allclose(params["vision"]["positions"].mean(0), table.mean(0), atol=0.15)
 
 
+README = (
+    Path("README.md").read_text().partition("## From pretrained weights")[2].partition("\n## ")[0]
+)
+COMMANDS = [line.split() for line in README.splitlines() if line.startswith("    unifluid ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_the_readmes_commands(convert, world, exported, tmp_path, command):
+    names = {
+        "=experiments/unifluid_2b.py": f"={world / 'config.json'}",
+        "=sd-vae-ft-mse": f"={VAE}",
+        "=paligemma2-3b-pt-224": f"={PALIGEMMA}",
+        "=gemma-2-2b": f"={exported('hf_gemma')}",
+        "=siglip-so400m-patch14-224": f"={GOLDEN / 'siglip'}",
+        "=runs/unifluid_2b": f"={world / 'initial'}",
+        "=pretrained/": f"={tmp_path}/",
+        "=exported/": f"={tmp_path}/",
+    }
+    arguments = command[2:]
+    for name, path in names.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    if command[1] == "train":
+        config = configs.load(str(world / "config.json"))
+        assert configs.apply_overrides(config, arguments[1:]) == arguments[2:]
+        assert config.init_from == f"{tmp_path}/initial"
+        return
+    arguments += ["--vae_size=32"] if "--vae" in str(arguments) else []
+    if "--config" in str(arguments):
+        tokenizer = world / "initial" / "image_tokenizer"
+        arguments.append(f"--config.image_tokenizer.path={tokenizer}")
+    code, _, err = convert(*arguments)
+    assert (code, err) == (0, "")
+    (out,) = tmp_path.iterdir()
+    if command[-1].startswith("--out=pretrained/sd_vae"):
+        image_tokenizer.load(out)
+    elif command[-1].startswith("--out=pretrained/"):
+        checkpoint.locate(out, None)
+    else:
+        files.open_source(out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
