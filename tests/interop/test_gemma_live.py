@@ -140,6 +140,25 @@ def test_the_package_loads_what_we_write(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, returned, params)
 
 
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_the_layout_of_the_official_files(name, tmp_path):
+    """Flat, and in bfloat16: the same numbers as nested."""
+    from gemma.gm.ckpts import _checkpoint  # the package writes this layout nowhere in public
+
+    _, ours, theirs = both(name, transposed=False)
+    abstract = jax.eval_shape(ours.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(theirs))
+    gm.ckpts.save_params(params, tmp_path / "nested", wait_until_finished=True)
+    flat = _checkpoint._nested_to_flat(params)
+    assert "transformer/layer_0/attn/attn_vec_einsum" in flat
+    gm.ckpts.save_params(flat, tmp_path / "flat", wait_until_finished=True)
+    nested, read = (
+        interop.read_part("gemma", tmp_path / layout, abstract) for layout in ("nested", "flat")
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(read))
+    jax.tree.map(np.testing.assert_array_equal, read, nested)
+
+
 @pytest.mark.parametrize("name", [n for n in GEMMA if not n.startswith("gemma1")])
 def test_published_sizes_are_the_packages(name):
     """All but Gemma-1, which the package no longer has."""
