@@ -33,6 +33,7 @@ test: lint
 	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-interop: $(INTEROP)/installed
+	$(INTEROP)/bin/python -m data.tokenizers data_cache
 	$(INTEROP)/bin/python -m pytest -m interop
 
 lint: $(VENV)/installed-test

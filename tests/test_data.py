@@ -149,10 +149,34 @@ def test_nothing_is_built_without_the_image_tokenizer(wheel, tmp_path):
     assert not folder.exists()
 
 
+def test_a_folder_is_imported_with_its_latents(tmp_path, capsys, monkeypatch):
+    flags.FLAGS.mark_as_parsed()
+    mine = tmp_path / "my_pictures"
+    mine.mkdir()
+    (mine / "a.png").write_bytes(png.encode(np.zeros((8, 8, 3), np.uint8)))
+    (mine / "train.jsonl").write_text('{"image": "a.png", "caption": "night"}')
+    cached = []
+    monkeypatch.setattr(data, "cache_latents", lambda name, *_, anew: cached.append((name, anew)))
+    for name in (None, "mine"):
+        with flagsaver.flagsaver(data_dir=str(tmp_path / "data"), name=name):
+            data.main(["unifluid data", "import", str(mine)])
+        found = name or "my_pictures"
+        assert f"{found} at" in capsys.readouterr().out
+        assert Records(found, "train", tmp_path / "data")[0].captions == [(0, "night")]
+    assert cached == [("my_pictures", True), ("mine", True)]
+    with (
+        flagsaver.flagsaver(data_dir=str(tmp_path / "data"), name="mine"),
+        pytest.raises(UserError, match="--name is for one folder"),
+    ):
+        data.main(["unifluid data", "import", str(mine), str(mine)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["build"], "which data set"),
+        (["import"], "which folder"),
+        (["import", "nowhere"], "no .jsonl file in nowhere"),
         (["bild", "easy_vqa"], 'did you mean "build"'),
         (["build", "easyvqa"], 'did you mean "easy_vqa"'),
         (["build", "openmoji/65px"], 'did you mean "64px"'),

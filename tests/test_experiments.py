@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import tiny, worlds
 from unifluid_jax import config as configs
 from unifluid_jax import evals, image_tokenizer, losses, optim, sharding, tasks
 from unifluid_jax.diffusion import sampler_from
@@ -18,11 +18,22 @@ from unifluid_jax.input import pipeline
 from unifluid_jax.models.vae import VaeConfig
 
 FOLDER = Path("experiments")
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem[0] != "_")
 
 
 def load(name, arg=""):
+    """The config; one for finetuning finetunes the quickstart's model, as `base` provides it."""
+    if name.startswith("finetune"):
+        arg = ",".join(filter(None, [arg, f"base={load.base}"]))
     return configs.load(f"{FOLDER / name}.py" + (f":{arg}" if arg else ""))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base(tmp_path_factory):
+    """A checkpoint of the quickstart's small model, its weights random."""
+    load.base = tmp_path_factory.mktemp("runs") / "quickstart"
+    worlds.save_checkpoint(load.base, load("quickstart", "debug"))
+    return load.base
 
 
 def doc(name):
@@ -42,6 +53,8 @@ def arguments():
     for name in NAMES:
         yield name, ""
         for argument, values in documented(name).items():
+            if argument == "base":
+                continue  # no case can do without
             if values:
                 yield from ((name, f"{argument}={value}") for value in values)
             else:
@@ -71,6 +84,7 @@ def test_the_docstring_has_command_expectation_and_every_argument(name, monkeypa
     load(name)
     assert set(documented(name)) == set(known)
     assert known["debug"] is False
+    assert known.get("base", "runs/quickstart") == "runs/quickstart"
     for argument, values in documented(name).items():
         assert not values or known[argument] in values
 
@@ -88,6 +102,17 @@ def test_every_documented_argument_works(name, arg):
         assert config.train.steps == 123
     elif argument and value not in documented(name)[argument][:1]:  # the first is the default
         assert values != plain, "changes nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("finetune")])
+def test_finetuning_takes_the_model_as_it_is(name, base, tmp_path):
+    config, stored = load(name), configs.to_json(load("quickstart", "debug"))
+    kept = configs.to_json(config)
+    for group in ("model", "tokenizer", "image_tokenizer", "diffusion", "sampling"):
+        assert kept[group] == stored[group], group
+    assert config.init_from == str(base)
+    with pytest.raises(UserError, match="no checkpoint in .*nothing: give the workdir"):
+        configs.load(f"{FOLDER / name}.py:base={tmp_path / 'nothing'}")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,6 @@
 """A tiny world for the trainer: a data set, an image tokenizer, configs, a batch, programs."""
 
 import importlib
-import io
 import types
 
 import jax
@@ -9,17 +8,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image
 
+from tests.worlds import VAE, encoded
 from unifluid_jax import image_tokenizer, sequence
 from unifluid_jax.input import latents
 from unifluid_jax.input.records import canonical_features
-from unifluid_jax.models.vae import VaeConfig
 
-SIZE = 16  # pixels; 8 x 8 patches: 4 vision tokens
-VAE = VaeConfig(
-    image_size=SIZE, channels=8, multipliers=(1, 2), blocks=1, latent_channels=2, groups=4, patch=4
-)  # 4 tokens of 32 dims
+SIZE = VAE.image_size  # 16 pixels; 8 x 8 patches: 4 vision tokens
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 
@@ -29,13 +24,6 @@ def picture(i):
     colors = list(COLORS.values())
     pixels[: 4 + i % 8], pixels[4 + i % 8 :] = colors[i % 3], colors[(i + 1) % 3]
     return pixels
-
-
-def encoded(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    file.seek(0)
-    return file
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):

@@ -36,7 +36,7 @@ _FOLDER = "checkpoints"
 # The part of the state that no step changes: written with the first step, read with each.
 _FROZEN = "frozen"
 _CONFIG = "config.json"
-_PIECE = 64 << 20  # bytes
+_PIECE = 16 << 20  # bytes
 
 # What may change between the runs that share a workdir: how long, how often, how it is watched, on
 # which devices. Everything else decides which model comes out.
@@ -331,8 +331,12 @@ def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=not whole,
     )
+    # Orbax would read everything at once; it refuses to read less at once than it needs for a part
+    # of one array, which is at most all of it.
+    largest = max(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(abstract))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     try:
-        return ocp.PyTreeCheckpointHandler().restore(folder, args=arguments)
+        return handler.restore(folder, args=arguments)
     except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
 

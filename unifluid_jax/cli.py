@@ -35,6 +35,11 @@ class ConfigFlag:
         self._path = flags.DEFINE_string("config", None, text)
         self._stored = stored
 
+    @property
+    def given(self) -> bool:
+        """Whether the user named a config."""
+        return self._path.value is not None
+
     @cached_property
     def value(self) -> ConfigDict:
         """The config with its overrides, locked.

@@ -1,14 +1,15 @@
 """Pretrained weights in, formats for finetuning elsewhere out.
 
-    unifluid convert --config=experiments/finetune_vqa.py --paligemma=paligemma2-3b-pt-224 \\
-        --vae=sd-vae-ft-mse --out=initial
+    unifluid convert --vae=sd-vae-ft-mse --out=pretrained/sd_vae
+    unifluid convert --config=CONFIG.py --paligemma=paligemma2-3b-pt-224 --out=pretrained/initial
     unifluid convert --checkpoint=runs/mine --to=paligemma --out=exported
 
 In: one initial checkpoint, whose sizes are those of --config, of the parts that are given: --gemma
 (Hugging Face, or the `gemma` package's), --siglip (Hugging Face, big_vision), --paligemma (both of
 these and the projection between them) and --vae (diffusers, latent diffusion, MAR's KL-16). Formats
 are found out from the files. What none of them holds is initialised from the config's seed, and
-listed. `unifluid train --config.init_from=initial` starts from it.
+listed. `unifluid train --config.init_from=pretrained/initial` starts from it. --vae alone, without
+--config, makes a folder that `config.image_tokenizer.path` can name.
 
 Out: --to=unifluid, the whole model as safetensors and config.json, which `unifluid_jax.load` reads;
 --to=paligemma, its understanding half for Hugging Face's transformers; --to=siglip, the vision
@@ -20,13 +21,13 @@ docs/conversion.md.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import rich.console
 import rich.progress
-import rich.table
 from absl import flags
 
 from unifluid_jax import checkpoint, cli
@@ -88,31 +89,13 @@ def main(argv: list[str]) -> None:
     }
     if bool(_CHECKPOINT.value) == bool(given):
         raise UserError(
-            "give either --checkpoint and --to, to convert out, or --config and some of --gemma, "
-            "--siglip, --paligemma and --vae, to convert in"
+            "give either --checkpoint and --to, to convert out, or some of --gemma, --siglip, "
+            "--paligemma and --vae, to convert in"
         )
     console = rich.console.Console(soft_wrap=True, highlight=False)
     dtype = None if _DTYPE.value == "keep" else initial.DTYPES[_DTYPE.value]
     if given:
-        vae = {
-            "image_size": _VAE_SIZE.value,
-            "patch": _VAE_PATCH.value,
-            "groups": _VAE_GROUPS.value,
-        }
-        with _progress("converting in") as advance:
-            report = initial.convert(
-                _CONFIG.value,
-                given,
-                out,
-                vae={name: value for name, value in vae.items() if value is not None},
-                vae_scale=_VAE_SCALE.value,
-                dtype=dtype,
-                allow=tuple(_ALLOW.value),
-                resize=_RESIZE.value,
-                advance=advance,
-            )
-        _show(report, console)
-        console.print(f"initial checkpoint in {out}")
+        _convert_in(given, out, dtype, console)
         return
     if _TO.value is None:
         raise UserError(f"--to is missing: one of {', '.join(export.FORMATS)}")
@@ -132,6 +115,32 @@ def main(argv: list[str]) -> None:
     console.print(f"step {step}: {len(written):,} tensors, {size / 1e9:.2f} GB in {out}")
 
 
+def _convert_in(
+    given: Mapping[str, str], out: Path, dtype: np.dtype | None, console: rich.console.Console
+) -> None:
+    vae = {"image_size": _VAE_SIZE.value, "patch": _VAE_PATCH.value, "groups": _VAE_GROUPS.value}
+    vae = {name: value for name, value in vae.items() if value is not None}
+    if set(given) == {"vae"} and not _CONFIG.given:
+        part = initial.convert_vae(given["vae"], out, vae, _VAE_SCALE.value, _ALLOW.value)
+        _show(initial.Report((part,), (), {}, {}), console)
+        console.print(f"image tokenizer in {out}")
+        return
+    with _progress("converting in") as advance:
+        report = initial.convert(
+            _CONFIG.value,
+            given,
+            out,
+            vae=vae,
+            vae_scale=_VAE_SCALE.value,
+            dtype=dtype,
+            allow=_ALLOW.value,
+            resize=_RESIZE.value,
+            advance=advance,
+        )
+    _show(report, console)
+    console.print(f"initial checkpoint in {out}")
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Advance]:
     """A bar of the bytes that are done, on the terminal alone."""
@@ -143,7 +152,8 @@ def _progress(what: str) -> Iterator[Advance]:
         rich.progress.TimeRemainingColumn(),
     )
     console = rich.console.Console(file=sys.stderr)
-    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+    silent = not console.is_terminal  # a log wants no bar
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=silent) as bar:
         task = bar.add_task(what, total=None)
 
         def advance(done: int, total: int | None = None) -> None:
@@ -154,12 +164,9 @@ def _progress(what: str) -> Iterator[Advance]:
 
 def _show(report: initial.Report, console: rich.console.Console) -> None:
     """What came from where, and what is fresh."""
-    table = rich.table.Table("part", "from", "format", "tensors", "GB", box=None)
     for part in report.parts:
-        table.add_row(
-            part.name, part.path, part.format, f"{part.tensors:,}", f"{part.nbytes / 1e9:.3f}"
-        )
-    console.print(table)
+        text = f"{part.name}: {part.tensors:,} tensors, {part.nbytes / 1e9:.3f} GB of {part.path}"
+        console.print(f"{text} ({part.format})", markup=False)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     for name, why in report.fresh.items():

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,18 +48,11 @@ def vision(name):
     }
 
 
-@pytest.fixture
-def make_config(tmp_path):
-    """make_config(gemma=..., siglip=...): a config of the sizes of these goldens."""
-
-    def make(gemma="paligemma2", siglip="paligemma2", **changes):
-        config = tiny.unifluid(tmp_path).unlock()
-        config.model.backbone = backbone(gemma)
-        config.model.vision = vision(siglip)
-        config.diffusion = {"process": "flow"}
-        config.sampling.sampler = {"name": "euler", "steps": 2}
-        config.input.max_prompt_tokens = 8
-        config.update(changes)
-        return config.lock()
-
-    return make
+def golden_config(folder, gemma="paligemma2", siglip="paligemma2"):
+    """A config of the sizes of these goldens, its files in `folder`."""
+    config = tiny.unifluid(folder).unlock()
+    config.model.backbone = backbone(gemma)
+    config.model.vision = vision(siglip)
+    config.diffusion = {"process": "flow"}
+    config.sampling.sampler = {"name": "euler", "steps": 2}
+    return config.lock()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from unifluid_jax import interop, trees
-from unifluid_jax.interop import transfer
+from unifluid_jax.interop import export
 from unifluid_jax.interop.tensors import Memory
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
@@ -79,30 +79,37 @@ def their_config(c):
     )
 
 
+def random_params(theirs):
+    """A tree of the package's for this model."""
+    rng = np.random.RandomState(1)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), tokens=tokens))
+    return jax.tree.map(
+        lambda x: (rng.standard_normal(x.shape) * (0.2 if x.ndim < 2 else 0.3)).astype("f"),
+        shapes["params"],
+    )
+
+
+def both(name, transposed):
+    """Our model and theirs, of one config."""
+    config = GemmaConfig(vocab_size=64, **CONFIGS[name])
+    changed = dataclasses.replace(their_config(config), transpose_gating_einsum=transposed)
+    theirs = gm.nn.Transformer(config=changed, dtype=jnp.float32)
+    return config, Functional(lambda rngs: Gemma(config, rngs=rngs)), theirs
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_the_packages(name, transposed):
-    """Both layouts of the MLP's gates; the shapes tell which, for no square is among them."""
-    config = GemmaConfig(vocab_size=64, **CONFIGS[name])
+def test_logits_equal_the_packages(name, transposed, tmp_path):
+    """From a checkpoint that the package saved; the shapes tell in which layout the gates are."""
+    _, ours, theirs = both(name, transposed)
     tokens = jnp.asarray(np.random.RandomState(0).randint(1, 64, (2, 17)))
-    theirs = gm.nn.Transformer(
-        config=dataclasses.replace(their_config(config), transpose_gating_einsum=transposed),
-        dtype=jnp.float32,
-    )
-    rng = np.random.RandomState(1)
-    shapes = jax.eval_shape(lambda: theirs.init(jax.random.key(0), tokens=tokens))
-    params = jax.tree.map(
-        lambda x: (rng.standard_normal(x.shape) * (0.2 if x.ndim < 2 else 0.3)).astype("f"), shapes
-    )
-    logits = theirs.apply(params, tokens=tokens).logits
+    params = random_params(theirs)
+    logits = theirs.apply({"params": params}, tokens=tokens).logits
 
-    ours = Functional(lambda rngs: Gemma(config, rngs=rngs))
+    gm.ckpts.save_params(params, tmp_path / "saved", wait_until_finished=True)
     abstract = jax.eval_shape(ours.init, jax.random.key(0))
-    leaves = interop.leaves_of(abstract)
-    memory = Memory.empty(leaves)
-    source = Memory(trees.flatten(params["params"]))
-    transfer.bring_in(transfer.fit(interop.TABLES["gemma"], source, leaves), memory)
-    tree = jax.tree.unflatten(jax.tree.structure(abstract), list(memory.arrays.values()))
+    converted = interop.read_part("gemma", tmp_path / "saved", abstract)
 
     @jax.jit
     def run(params):
@@ -112,8 +119,44 @@ def test_logits_equal_the_packages(name, transposed):
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
         return model.logits(model(model.embed(tokens), position, mask)[0])
 
-    difference = np.abs(run(tree) - logits).max() / np.abs(logits).max()
+    difference = np.abs(run(converted) - logits).max() / np.abs(logits).max()
     assert difference <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_the_package_loads_what_we_write(name, tmp_path):
+    # The package's models have the gates transposed from Gemma-2 9B on.
+    config, ours, theirs = both(name, transposed=name == "gemma3")
+    params = jax.tree.map(np.asarray, ours.init(jax.random.key(0)))
+    source = Memory({f"backbone/{path}": x for path, x in trees.flatten(params).items()})
+    (tmp_path / "out").mkdir()
+    export.write(source, config, None, "gemma", tmp_path / "out")
+
+    loaded = gm.ckpts.load_params(tmp_path / "out")
+    assert jax.tree.map(np.shape, loaded) == jax.tree.map(np.shape, random_params(theirs))
+    abstract = jax.eval_shape(ours.init, jax.random.key(0))
+    gm.ckpts.save_params(loaded, tmp_path / "again", wait_until_finished=True)
+    returned = interop.read_part("gemma", tmp_path / "again", abstract)
+    jax.tree.map(np.testing.assert_array_equal, returned, params)
+
+
+@pytest.mark.parametrize("name", ["gemma1", "gemma2", "gemma3"])
+def test_the_layout_of_the_official_files(name, tmp_path):
+    """Flat, and in bfloat16: the same numbers as nested."""
+    from gemma.gm.ckpts import _checkpoint  # the package writes this layout nowhere in public
+
+    _, ours, theirs = both(name, transposed=False)
+    abstract = jax.eval_shape(ours.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_params(theirs))
+    gm.ckpts.save_params(params, tmp_path / "nested", wait_until_finished=True)
+    flat = _checkpoint._nested_to_flat(params)
+    assert "transformer/layer_0/attn/attn_vec_einsum" in flat
+    gm.ckpts.save_params(flat, tmp_path / "flat", wait_until_finished=True)
+    nested, read = (
+        interop.read_part("gemma", tmp_path / layout, abstract) for layout in ("nested", "flat")
+    )
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(read))
+    jax.tree.map(np.testing.assert_array_equal, read, nested)
 
 
 @pytest.mark.parametrize("name", [n for n in GEMMA if not n.startswith("gemma1")])

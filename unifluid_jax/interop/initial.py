@@ -105,9 +105,10 @@ def convert(
     config = copy.deepcopy(config)
     sources = {name: files.open_source(path) for name, path in given.items()}
     with finished(out) as partial:
-        parts, notes = [], []
+        parts = []
         if "vae" in sources:
             folder = partial / "image_tokenizer"
+            folder.mkdir()
             part = _write_vae(sources["vae"], folder, vae or {}, vae_scale, allow)
             parts.append(dataclasses.replace(part, path=given["vae"]))
             config.image_tokenizer.path = str(folder)
@@ -128,7 +129,7 @@ def convert(
             advance=advance,
         )
         parts += [dataclasses.replace(part, path=given[part.name]) for part in more]
-        report = dataclasses.replace(report, parts=tuple(parts), notes=(*notes, *report.notes))
+        report = dataclasses.replace(report, parts=tuple(parts))
         text = json.dumps(dataclasses.asdict(report), indent=2) + "\n"
         (partial / "conversion.json").write_text(text)
     return report
@@ -257,6 +258,20 @@ def _initialised(
             yield path, np.asarray(x)
 
 
+def convert_vae(
+    path: str,
+    out: Path,
+    vae: Mapping[str, int],
+    scale: float | None = None,
+    allow: Sequence[str] = (),
+) -> Part:
+    """Writes an autoencoder as the folder of an image tokenizer; arguments as for `convert`."""
+    source = files.open_source(path)
+    with finished(out) as partial:
+        part = _write_vae(source, partial, vae, scale, allow)
+    return dataclasses.replace(part, path=path)
+
+
 def _write_vae(
     source: Any,
     folder: Path,
@@ -278,7 +293,6 @@ def _write_vae(
     fitted = transfer.fit(interop.TABLES["vae"], source, leaves, allow=allow)
     if fitted.fresh:
         raise UserError(f"{source.path}: an autoencoder must be whole, {next(iter(fitted.fresh))}")
-    folder.mkdir(parents=True)
     types = fitted.dtypes()
     stored = {path: Leaf(leaf.shape, types[path]) for path, leaf in leaves.items()}
     stem = image_tokenizer.WEIGHTS.removesuffix(".safetensors")

@@ -37,7 +37,7 @@ from unifluid_jax.errors import UserError
 Shape = tuple[int, ...]
 
 # Bytes that are moved at once where a tensor can be cut at will.
-PIECE = 64 << 20
+PIECE = 16 << 20
 
 # Rows by which vocabularies of one model differ: padding, and PaliGemma's location and
 # segmentation tokens (256,000 pieces; 256,128 official rows; 257,152 and 257,216 in PaliGemma).

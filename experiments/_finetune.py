@@ -1,0 +1,75 @@
+"""What the finetuning experiments share: the model of a checkpoint, and LoRA's adapters for it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from unifluid_jax import checkpoint
+from unifluid_jax.interop import unifluid
+
+
+def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:
+    """The config of a model to be finetuned: its parts as they are, its training ours.
+
+    Args:
+        base: workdir of a run, of `unifluid convert`, or an exported model.
+        rank: of the adapters.
+
+    Raises:
+        UserError: there is no model.
+    """
+    path = Path(base)
+    stored = (
+        unifluid.read_config(path) if unifluid.is_folder(path) else checkpoint.stored_config(path)
+    )
+    config = ConfigDict(stored.to_dict())
+    config.seed = 0
+    config.data_dir = "data_cache"
+    config.init_from = base
+    # All matrices of the decoder's layers. What reads and draws pictures, and the words, stay as
+    # pretraining left them.
+    config.lora = ConfigDict(
+        {
+            "rank": rank,
+            "alpha": 2.0 * rank,
+            "target": r"backbone/layers/(q|k|v|o|gate|up|down)",
+        }
+    )
+    config.optim = ConfigDict(
+        {
+            "lr": 2e-3,
+            "warmup_steps": 5 if debug else 20,
+            "decay": "cosine",
+            "decay_steps": -1,
+            "end_scale": 0.0,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "clip": 1.0,
+            "weight_decay": 0.0,
+            "mu_dtype": "float32",
+            # What no rule before ".*" names stays frozen: put (r"head/.*", {}) in front of it to
+            # train the diffusion head in full beside the adapters.
+            "rules": ((r"lora/.*", {}), (r".*", {"freeze": True})),
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "steps": 10 if debug else steps,
+            "accumulate": 1,
+            "ema_decay": 0.98,
+            "ema_warmup": True,
+            "log_every": 5 if debug else 20,
+            "checkpoint_every": 5 if debug else 100,
+            "keep": 1,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.evals = ConfigDict()
+    return config
+
+
+def learn(config: ConfigDict, task: str, data: str, split: str) -> None:
+    """Sets the one task that is learned, and of which data set."""
+    mixture = ({"dataset": data, "split": split, "task": task, "weight": 1.0},)
+    config.input.update({"mixture": mixture, "workers": 0, "max_corrupt": 0})
