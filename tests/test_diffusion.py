@@ -252,6 +252,21 @@ def test_flow_loss():
     )
 
 
+def test_the_draws_of_a_token_are_spread_over_the_times():
+    """One in each of R equal parts, uniform in it and independent from token to token."""
+    u_RN = np.asarray(diffusion.spread(jax.random.key(1), (4, 5_000)))
+    np.testing.assert_array_equal(np.floor(4 * u_RN), np.arange(4)[:, None] * np.ones((4, 5_000)))
+    within = 4 * u_RN - np.arange(4)[:, None]
+    assert np.abs(within.mean(1) - 0.5).max() < 0.02
+    assert np.abs(within.var(1) - 1 / 12).max() < 0.005
+    assert np.abs(np.corrcoef(within) - np.eye(4)).max() < 0.05
+    steps_RN = np.asarray(DDPM().times(jax.random.key(2), (4, 5_000)))
+    np.testing.assert_array_equal(steps_RN // 250, np.arange(4)[:, None] * np.ones((4, 5_000)))
+    assert steps_RN.min() == 0 and steps_RN.max() == 999
+    single = np.asarray(diffusion.spread(jax.random.key(3), (1, 20_000)))
+    assert single.mean() == pytest.approx(0.5, abs=0.01) and 0 < single.min() < single.max() < 1
+
+
 def best_reverse_predictor(steps):
     """The best noise and variance logits for N(MEAN, STD^2) on the chain respaced to `steps`."""
     indices = diffusion.respaced(1000, steps)
