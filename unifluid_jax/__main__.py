@@ -8,7 +8,7 @@ from unifluid_jax.errors import nearest
 
 # Said here and not in the modules: the list must not take the seconds that importing JAX takes.
 COMMANDS = {
-    "data": "build a data set, or show the batches that a config makes of it",
+    "data": "build or import a data set, or show the batches that a config makes of it",
     "train": "train a model, or go on where its workdir stopped",
     "convert": "pretrained weights in, formats for finetuning elsewhere out",
     "tokenizer": "export a trained image tokenizer",

@@ -171,7 +171,8 @@ def _described(
     info: dict[str, Any],
 ) -> tuple[VaeConfig, Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
     """Architecture, and mean and standard deviation of the channels, from config.json."""
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in info["vae"].items()}
+    vae = {**info["vae"]}  # a TypeError where it is no mapping
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in vae.items()}
     # Looked up by name, so that its default cannot stand in for what the file lacks.
     config = VaeConfig(**{**frozen, "multipliers": frozen["multipliers"]})
     mean, std = (np.asarray(info[name], np.float32) for name in ("channel_mean", "channel_std"))

@@ -76,7 +76,7 @@ class Record:
 
 
 def canonical_features(
-    shape: tuple[int | None, int | None, int], **extra: tfds.features.FeatureConnector
+    shape: tuple[int | None, int | None, int], /, **extra: tfds.features.FeatureConnector
 ) -> tfds.features.FeaturesDict:
     """The canonical form, as a builder declares it.
 
