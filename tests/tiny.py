@@ -128,6 +128,11 @@ def _shared(folder):
         "log_every": 1,
         "checkpoint_every": 4,
         "keep": 5,
+        "keep_every": 0,
+        "keep_best": "",
+        "max_skipped": 0,
+        "hang_seconds": 0,
+        "hang_exit_seconds": 0,
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.evals = {}
@@ -191,6 +196,7 @@ def unifluid(folder, **changes):
         "text_drop": 0.1,
         "edit_vision": True,
         "edit_latents": True,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": tuple(
@@ -231,6 +237,7 @@ def tokenizer(folder, **changes):
         "image_size": SIZE,
         "flip": True,
         "shift": 2,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),

@@ -7,7 +7,8 @@ A program is a module with absl flags at its top, a docstring that `--help` prin
     if __name__ == "__main__":
         cli.run(main)
 
-Exit codes: 0 done; 1 a bug, with its stack trace; 2 a `UserError` or a wrong flag; 130 interrupted.
+Exit codes: 0 done; 1 a bug, with its stack trace; 2 a `UserError` or a wrong flag; 75 a `Restart`:
+give the same command again; 130 interrupted.
 """
 
 import re
@@ -19,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from unifluid_jax import config as configs
-from unifluid_jax.errors import UserError, nearest
+from unifluid_jax.errors import Restart, UserError, nearest
 
 # The flags that `config_flag` defines belong to the program that calls it, also in its --help.
 flags.disclaim_key_flags()
@@ -113,6 +114,9 @@ def run(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Restart as error:
+        print(f"restart: {error}", file=sys.stderr)
+        sys.exit(Restart.EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Errors that a user makes, as against bugs of this code."""
+"""Errors that are no bugs of this code: those that a user makes, and those that pass."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,17 @@ class UserError(Exception):
     Its text is one line: what is wrong, with both values, and what to do. The command line prints
     it as `error: ...` and ends with exit code 2, without a stack trace.
     """
+
+
+class Restart(Exception):
+    """Nobody's mistake: the same command, given again, goes on where the run stopped.
+
+    Its text is one line. The command line prints it as `restart: ...` and ends with exit code 75,
+    EX_TEMPFAIL of sysexits.h: "the user is invited to retry". Launchers can tell it from a crash
+    (1), a mistake (2) and a signal (128 and more).
+    """
+
+    EXIT_CODE = 75
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -3,10 +3,11 @@
 A task sees configs and pytrees. `totals` and `loss` are pure and are traced inside the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ from unifluid_jax.input import pipeline
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble, make_part
+from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
 
@@ -33,11 +35,11 @@ class Task(Protocol):
 
     model: Functional
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of every batch, rows first; with Grain's get_state and set_state."""
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Some rows of every global batch, by default all; with Grain's get_state and set_state."""
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
-        """What some rows hold, by kind: for speeds."""
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
+        """What a batch holds, by kind: for speeds."""
 
     def totals(self, batch: Batch) -> Any:
         """What a batch's losses are divided by, before it is cut for gradient accumulation."""
@@ -70,15 +72,20 @@ class UniFluidTask:
         self._parts = assemble(config)
         self.model = self._parts.model
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.packed_batches(self._config, self._parts.sequencer, process, processes)
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.packed_batches(self._config, self._parts.sequencer, rows)
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
+        layout = self._parts.sequencer.layout
+        kinds = (Modality.TEXT, Modality.VISION, Modality.LATENT)
+        text, vision, latent = (jnp.count_nonzero(batch["modality"] == kind) for kind in kinds)
         return {
-            "examples": int(batch["segment"].max(axis=1).sum()),
-            "tokens": np.count_nonzero(batch["segment"]),
-            "text_targets": np.count_nonzero(batch["text_weight"]),
-            "image_targets": np.count_nonzero(batch["image_weight"]),
+            "examples": batch["segment"].max(axis=1).sum(),
+            "tokens": text + vision + latent,
+            "text_tokens": text,
+            "image_tokens": latent,
+            "images_read": vision // layout.vision_tokens,
+            "images_drawn": jnp.count_nonzero(batch["image_weight"]) // layout.image_tokens,
         }
 
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -110,10 +117,10 @@ class TokenizerTask:
         self._vae = make_part(VaeConfig, "config.model", config.model)
         self.model = image_tokenizer.module(self._vae)
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.picture_batches(self._config, process, processes)
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.picture_batches(self._config, rows)
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         return {"examples": len(batch["images"])}
 
     def totals(self, batch: Batch) -> float:

@@ -64,11 +64,10 @@ def _make(name: str, fields: ConfigDict) -> EvalConfig:
     return TYPES[kind].Config(**fields)
 
 
-def due(evals: ConfigDict, step: int, steps: int) -> dict[str, EvalConfig]:
-    """The evaluations that training does after this step of `steps`."""
-    made = {name: _make(name, fields) for name, fields in evals.items()}
+def due(evals: Mapping[str, EvalConfig], step: int, steps: int) -> dict[str, EvalConfig]:
+    """Those that training does after this step of `steps`."""
     return {
-        name: c for name, c in made.items() if c.every and (step % c.every == 0 or step == steps)
+        name: c for name, c in evals.items() if c.every and (step % c.every == 0 or step == steps)
     }
 
 
