@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unifluid_jax import checkpoint, optim, sharding, tasks, trees
+from unifluid_jax import checkpoint, sharding, tasks, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 
@@ -37,18 +37,14 @@ class Stepper:
         self.batch = tiny.batch(self.task._parts.sequencer.layout)
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         sharding.check_batch(len(self.batch["tokens"]), config.train.accumulate, self.mesh)
-        key = jax.random.key(config.seed)
-        shapes = jax.eval_shape(self.task.model.init, key)
-        optimizer = optim.make(config.optim, shapes, config.train.steps)
+        optimizer, abstract = train.describe(config, self.task, self.mesh)
+        self.where = jax.tree.map(lambda x: x.sharding, abstract)
 
         def init(key):
-            return train.init(self.task, optimizer, key)
+            return train.fresh(optimizer, self.task.model.init(key))
 
-        shapes = jax.eval_shape(init, key)
-        placed = sharding.shardings(self.task.model.axes, shapes["params"], self.mesh)
-        self.where = sharding.state_shardings(shapes, placed, self.mesh)
         if start is None:
-            start = jax.jit(init, out_shardings=self.where)(key)
+            start = jax.jit(init, out_shardings=self.where)(jax.random.key(config.seed))
         self.start = jax.device_put(jax.device_get(start), self.where)
         # A fresh head returns zeros and passes nothing back: from here, all parameters matter.
         rng = np.random.default_rng(0)

@@ -406,6 +406,12 @@ def locate(path: PathLike, step: int | None) -> tuple[epath.Path, int]:
     return root / str(step), step
 
 
+def saved_steps(workdir: PathLike) -> list[int]:
+    """The steps of a workdir that are completely written, in order."""
+    root = epath.Path(workdir) / _FOLDER
+    return _steps(root) if root.is_dir() else []
+
+
 def _steps(root: epath.Path) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(root))
 
@@ -509,7 +515,7 @@ def check_workdir(workdir: PathLike, config: ConfigDict) -> None:
                 raise ValueError("no JSON object")
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): delete it to go on") from error
-    elif (epath.Path(workdir) / _FOLDER).is_dir() and _steps(epath.Path(workdir) / _FOLDER):
+    elif saved_steps(workdir):
         saved = stored_meta(workdir)["config"]
     else:
         return

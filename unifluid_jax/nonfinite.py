@@ -5,7 +5,7 @@ it is counted, and its batch written to
 
     WORKDIR/nonfinite/0000123_0.npz    what process 0 had of the batch of step 123
 
-`python -m unifluid_jax.replay` computes it once more and says where the first such number arises.
+`unifluid train --replay=123` computes it again and says where the first such number arises.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,8 @@ class Guard:
         if over or self._dumped < _DUMPS:
             self._dumped += 1
             _dump(self._workdir, step, batch, self._rows)
-        command = f"python -m unifluid_jax.replay --workdir={self._workdir} --step={step}"
+        config = self._workdir / "config.json"
+        command = f"unifluid train --config={config} --workdir={self._workdir} --replay={step}"
         if over:
             raise UserError(
                 f"loss or gradients of step {step} are not finite, the {self._count}. in a row "

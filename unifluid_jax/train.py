@@ -34,6 +34,7 @@ from unifluid_jax import (
     observe,
     optim,
     preemption,
+    replay,
     sharding,
     tasks,
     watchdog,
@@ -41,6 +42,7 @@ from unifluid_jax import (
 from unifluid_jax import config as configs
 from unifluid_jax.errors import Restart, UserError
 from unifluid_jax.evals.base import EvalConfig
+from unifluid_jax.models.functional import Params
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -51,6 +53,9 @@ _PROFILE = flags.DEFINE_string(
 )
 _DUMP = flags.DEFINE_bool(
     "dump_step", False, "Write jaxpr, StableHLO and compiled HLO of the step to WORKDIR/program."
+)
+_REPLAY = flags.DEFINE_integer(
+    "replay", None, "Train nothing; tell what was not finite in this step, whose batch was kept."
 )
 _MULTIHOST = flags.DEFINE_bool(
     "multihost", False, "Join the other processes of a TPU slice, Slurm, GKE or Open MPI job."
@@ -73,6 +78,9 @@ def main(argv: list[str]) -> None:
         *(workdir, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
         *(_MULTIHOST.value, _WAIT.value),
     )
+    if _REPLAY.value is not None:
+        print(*replay.replay(config, workdir, _REPLAY.value, describe, train_step), sep="\n")
+        return
     train(config, workdir, profile, _DUMP.value, _WAIT.value)
 
 
@@ -113,13 +121,8 @@ def train(
 
     # The whole state is described first and then built in its place: no device ever holds more
     # than its share.
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(task.model.init, key)
-    optimizer = optim.make(config.optim, shapes, c.steps)
-    shapes = jax.eval_shape(lambda key: init(task, optimizer, key), key)
-    where = sharding.state_shardings(
-        shapes, sharding.shardings(task.model.axes, shapes["params"], mesh), mesh
-    )
+    optimizer, abstract = describe(config, task, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
     rows = sharding.local_rows(mesh, config.input.batch_size)
     batches = task.batches(rows)
     distributed.barrier("the first step", wait)
@@ -135,13 +138,16 @@ def train(
         first, productive = 0, 0.0
         if checkpoints.latest_step() is not None:
             watching.enter("restore")
-            restored = checkpoints.restore(sharding.abstract(shapes, where))
+            restored = checkpoints.restore(abstract)
             state, first = restored.state, restored.step
             productive = restored.meta["productive"]
             batches.set_state(restored.iterator)
         else:
             watching.enter("init")
-            state = jax.jit(lambda key: init(task, optimizer, key), out_shardings=where)(key)
+            key = jax.random.key(config.seed)
+            state = jax.jit(
+                lambda key: fresh(optimizer, task.model.init(key)), out_shardings=where
+            )(key)
         checkpoint.claim(workdir, config)
         meter = metrics.Meter(watching.enter, productive, metrics.log_start(workdir, first))
         guard = nonfinite.Guard(workdir, c.max_skipped, rows)
@@ -231,9 +237,20 @@ def train(
     return state
 
 
-def init(task: tasks.Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+def describe(
+    config: ConfigDict, task: tasks.Task, mesh: jax.sharding.Mesh
+) -> tuple[optax.GradientTransformation, State]:
+    """The optimizer, and the state as `jax.ShapeDtypeStruct`s with shardings."""
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(task.model.init, key)
+    optimizer = optim.make(config.optim, shapes, config.train.steps)
+    placed = sharding.shardings(task.model.axes, shapes, mesh)
+    shapes = jax.eval_shape(lambda params: fresh(optimizer, params), shapes)
+    return optimizer, sharding.abstract(shapes, sharding.state_shardings(shapes, placed, mesh))
+
+
+def fresh(optimizer: optax.GradientTransformation, params: Params) -> State:
     """The state before the first step; to be traced."""
-    params = task.model.init(key)
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
