@@ -45,7 +45,7 @@ from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees
 from unifluid_jax import config as configs
 
 KINDS = ("kill", "kill at once", "term", "kill while saving", "truncate", "flip", "kill one of two")
-STEPS = 24
+STEPS = 60
 DEVICES = 2
 PATIENCE = 400  # seconds; what takes longer hangs
 
@@ -128,7 +128,7 @@ def build(folder):
         "input.streams": DEVICES,
         "mesh": {"data": 1, "fsdp": DEVICES, "tensor": 1},
         "train.steps": STEPS,
-        "train.checkpoint_every": 3,
+        "train.checkpoint_every": 4,
         "train.keep": 2,
     }
     config = tiny.unifluid(folder, **changes)
@@ -323,7 +323,7 @@ def main():
         while True:
             begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             kind = rng.choice(KINDS) if count.total() < given.faults else None
-            processes = 2 if kind == "kill one of two" else rng.choice((1, 1, 2))
+            processes = 2 if kind == "kill one of two" else rng.choice((1, 1, 1, 2))
             pids = launch(folder, workdir, processes)
             victims = disturb(kind, pids, workdir, rng) if kind else []
             codes = [wait(pid) for pid in pids]

@@ -176,7 +176,7 @@ class Checkpointer:
         for part in distributed.gather(dict(iterator)):
             joined |= part
         # Transfers to the host are meant, also inside a loop that forbids them.
-        with self._writing(step), jax.transfer_guard("allow"):
+        with self._writing(), jax.transfer_guard("allow"):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -252,7 +252,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             path = self._root / str(step) / _SCORES
             partial = path.with_suffix(".partial")
-            with self._writing(step):
+            with self._writing():
                 partial.write_text(json.dumps(dict(scores)) + "\n")
                 partial.rename(path)
 
@@ -276,7 +276,7 @@ class Checkpointer:
             self._manager.close()
 
     @contextlib.contextmanager
-    def _writing(self, step: int | None = None) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """Makes errors of the disk the user's; what is saved already stays."""
         try:
             yield
@@ -289,11 +289,10 @@ class Checkpointer:
                 raise
             saved = _steps(self._root)
             last = f"step {saved[-1]} is the last one saved" if saved else "none is saved yet"
-            which = "a checkpoint" if step is None else f"checkpoint {step}"
             reason = full[0] if full else text[:200]
             raise UserError(
-                f"cannot write {which} to {self._root}: {reason}; {last}: make room, and give the "
-                "same command again"
+                f"cannot write a checkpoint to {self._root}: {reason}; {last}: make room, and give "
+                "the same command again"
             ) from error
 
 
@@ -531,7 +530,9 @@ def _check_writable(workdir: PathLike) -> None:
     if not os.path.isdir(there):
         raise UserError(f"cannot write to the workdir {workdir}: {there} is a file")
     # Asks the kernel: nothing is left behind by a run that is refused.
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(
+        there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
         raise UserError(f"cannot write to the workdir {workdir}: {there} is read-only")
 
 

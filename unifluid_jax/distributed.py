@@ -27,7 +27,7 @@ def start(
     processes: int | None,
     process: int | None,
     multihost: bool,
-    wait: float,
+    wait: int | float,
 ) -> None:
     """Joins the other processes, when the arguments or the environment say that there are some.
 
@@ -81,7 +81,7 @@ def _number(value: int | None, variable: str) -> int | None:
 
 
 def _initialize(
-    coordinator: str | None, processes: int | None, process: int | None, wait: float
+    coordinator: str | None, processes: int | None, process: int | None, wait: int | float
 ) -> None:
     # JAX's own deadline aborts without naming anyone: ours comes before it.
     jax.distributed.initialize(
@@ -94,7 +94,7 @@ def _initialize(
     )
 
 
-def _absent(workdir: Path, processes: int, begun: float, wait: float) -> str:
+def _absent(workdir: Path, processes: int, begun: float, wait: int | float) -> str:
     """The line that names the processes that left no sign of life in the time of waiting."""
     beats = {i: watchdog.read(workdir, i) for i in range(processes)}
     # Whoever came before us has been waiting, and beating, until now.
@@ -109,7 +109,7 @@ def _named(processes: list[int]) -> str:
     return f"process {numbers}" if len(processes) == 1 else f"processes {numbers}"
 
 
-def barrier(name: str, seconds: float) -> None:
+def barrier(name: str, seconds: int | float) -> None:
     """Waits until all processes are here; ends this one, naming those that did not come.
 
     Args:
@@ -119,7 +119,7 @@ def barrier(name: str, seconds: float) -> None:
         watchdog.end(f"{missing} did not reach {name} within {seconds:g} s")
 
 
-def _missing(name: str, seconds: float) -> str:
+def _missing(name: str, seconds: int | float) -> str:
     """Waits at a barrier; the processes that did not come, empty when all did."""
     client = _jax_distributed.global_state.client
     if client is None:
@@ -134,7 +134,7 @@ def _missing(name: str, seconds: float) -> str:
 
 
 @contextmanager
-def peers(seconds: float = 10.0) -> Iterator[None]:
+def peers(seconds: int | float = 10) -> Iterator[None]:
     """Around what the processes do together: an error there may only mean that one has died.
 
     If so it ends this process, naming the one that is lost; other errors pass through.

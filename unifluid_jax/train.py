@@ -89,7 +89,7 @@ def train(
     workdir: Path,
     profile: range = range(0),
     dump: bool = False,
-    wait: float = 300,
+    wait: int | float = 300,
 ) -> State:
     """Runs `config.train.steps` steps, less those that the workdir has behind it.
 
@@ -179,7 +179,8 @@ def train(
                 # Waits for the step: the host stays one step ahead of the devices and no more.
                 out = jax.device_get(out)
                 profiler.done(step)
-                scalars, speeds = out["scalars"], meter.read(out["counts"])
+                counts = {name: int(n) for name, n in out["counts"].items()}
+                scalars, speeds = out["scalars"], meter.read(counts)
                 losses = {name: x for name, x in scalars.items() if name.startswith("loss")}
                 progress.update(step, losses, speeds)
                 if step % c.log_every == 0 or step == c.steps:

@@ -59,7 +59,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, workdir: Path, process: int, hang: float = 0, end: float = 0, every: float = 1.0
+        self,
+        workdir: Path,
+        process: int,
+        hang: int | float = 0,
+        end: int | float = 0,
+        every: int | float = 1,
     ):
         self._path, self._every = path(workdir, process), every
         self._hang, self._end = hang, end
@@ -117,7 +122,7 @@ class Watchdog:
 
 
 @contextlib.contextmanager
-def deadline(seconds: float, explain: Callable[[], str]) -> Iterator[None]:
+def deadline(seconds: int | float, explain: Callable[[], str]) -> Iterator[None]:
     """Ends the process, with the exit code of `Restart`, when its body takes longer.
 
     For calls that know no deadline of their own, or that abort without a word.
