@@ -253,6 +253,7 @@ def damage(workdir, kind, rng):
 def disturb(kind, pids, workdir, rng):
     """Waits for its moment and strikes; the victims' pids, none when the run was faster."""
     begun, before = time.monotonic(), len(lines(workdir / "metrics.jsonl"))
+    started = time.time()
     delay, wanted = rng.uniform(0, 0.05), rng.randint(1, 6)
     if kind == "kill at once":
         moment = begun + rng.uniform(0, 4)
@@ -260,8 +261,11 @@ def disturb(kind, pids, workdir, rng):
         if kind == "kill at once":
             ready = time.monotonic() >= moment
         elif kind == "kill while saving":
-            # From the second step on: the first save may be one of an earlier life.
-            ready = any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+            # One of an earlier life may still lie there.
+            ready = any(
+                path.stat().st_mtime > started
+                for path in workdir.glob("checkpoints/*.orbax-checkpoint-tmp")
+            )
         else:
             # A resumed run first cuts the log back to where it goes on.
             now = len(lines(workdir / "metrics.jsonl"))

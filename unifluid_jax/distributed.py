@@ -52,10 +52,10 @@ def start(
         if process is not None or processes is not None:
             raise UserError("--process and --processes need --coordinator=HOST:PORT or --multihost")
         return
-    if not multihost and (process is None or processes is None):
-        raise UserError(f"--coordinator={coordinator} needs --processes and --process")
-    if process is not None and not 0 <= process < (processes or 0):
-        raise UserError(f"--process={process} is none of 0 to {(processes or 0) - 1}")
+    if (process is None) != (processes is None) or (process is None and not multihost):
+        raise UserError("--coordinator, --processes and --process go together")
+    if process is not None and not 0 <= process < processes:
+        raise UserError(f"--process={process} is none of 0 to {processes - 1}")
 
     begun = time.time()
     if process is not None:
