@@ -596,6 +596,7 @@ def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path)
         ({"train.log_every": 0}, "config.train.log_every is 0: set it to 1 or more"),
         ({"train.checkpoint_every": 0}, "config.train.checkpoint_every is 0: set it to 1 or"),
         ({"train.keep": 0}, "config.train.keep is 0: set it to 1 or"),
+        ({"train.keep_best": "vqa/accuracy"}, 'keep_best is "vqa/accuracy": give EVALUATION/SCORE'),
         ({"train.max_skipped": -1}, "config.train.max_skipped is -1: set it to 0 or"),
         ({"input.streams": 3}, "batch_size=8 rows do not divide among config.input.streams=3"),
         ({"train.steps": 0, "optim.warmup_steps": 0}, "config.train.steps is 0: set it to 1 or"),

@@ -11,6 +11,7 @@ Exit codes: 0 done; 1 a bug, with its stack trace; 2 a `UserError` or a wrong fl
 give the same command again; 130 interrupted.
 """
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -117,6 +118,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Restart as error:
         print(f"restart: {error}", file=sys.stderr)
         sys.exit(Restart.EXIT_CODE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: cannot write: {error.strerror}{where}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

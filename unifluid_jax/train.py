@@ -110,13 +110,13 @@ def train(
     c, task = config.train, tasks.make(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.input.batch_size, c.accumulate, mesh)
-    for name in ("steps", "log_every", "checkpoint_every", "keep"):
-        if c[name] < 1:
-            raise UserError(f"config.train.{name} is {c[name]}: set it to 1 or more")
-    for name in ("keep_every", "max_skipped", "hang_seconds", "hang_exit_seconds"):
-        if c[name] < 0:
-            raise UserError(f"config.train.{name} is {c[name]}: set it to 0 or more")
+    least = dict.fromkeys(("steps", "log_every", "checkpoint_every", "keep"), 1)
+    least |= dict.fromkeys(("keep_every", "max_skipped", "hang_seconds", "hang_exit_seconds"), 0)
+    for name, value in least.items():
+        if c[name] < value:
+            raise UserError(f"config.train.{name} is {c[name]}: set it to {value} or more")
     evaluations = evals.check(config)
+    evals.check_best(c.keep_best, evaluations)
     checkpoint.check_workdir(workdir, config)
 
     # The whole state is described first and then built in its place: no device ever holds more

@@ -46,6 +46,21 @@ def check(config: ConfigDict) -> dict[str, EvalConfig]:
     return checked
 
 
+def check_best(score: str, evals: Mapping[str, EvalConfig]) -> None:
+    """Makes sure that `config.train.keep_best` can be one of the scores of a run.
+
+    Raises:
+        UserError: no evaluation during training has such a name.
+    """
+    known = [name for name, c in evals.items() if c.every]
+    name, slash, _ = score.removeprefix("-").partition("/")
+    if score and not (slash and name in known):
+        raise UserError(
+            f'config.train.keep_best is "{score}": give EVALUATION/SCORE, of an evaluation with '
+            f'"every" above 0{nearest(name, known)}'
+        )
+
+
 def _make(name: str, fields: ConfigDict) -> EvalConfig:
     fields = fields.to_dict()
     kind = fields.get("type", "")
