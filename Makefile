@@ -1,6 +1,7 @@
 # make quickstart   builds the data, pretrains a small UniFluid, scores it     (20 minutes on two cores)
 # make test         lint and tests
 # make test-interop the parity tests that need other code bases installed, in .venv-interop (3 GB)
+# make test-faults  breaks training runs in a hundred ways and compares what comes out   (half an hour)
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test test-interop lint clean
+.PHONY: quickstart test test-interop test-faults lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -37,6 +38,9 @@ test: lint
 test-interop: $(INTEROP)/installed
 	$(INTEROP)/bin/python -m data.tokenizers data_cache
 	$(INTEROP)/bin/python -m pytest -m interop
+
+test-faults: $(VENV)/installed-test
+	$(BIN)/python tests/faults.py --faults=100
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -151,9 +151,9 @@ def take_out(folder: Path) -> dict:
     step, _ = checkpoint.locate(folder / "ours", None)
     (folder / "back").mkdir()
     text = dataclasses.replace(text, vocab_size=_ROWS)
-    written = export.write(
-        export.Stored(step, "ema"), text, vision, "hf_gemma", folder / "back", vocabulary=_ROWS
-    )
+    source = export.Stored(step, "ema")
+    source.check()
+    written = export.write(source, text, vision, "hf_gemma", folder / "back", vocabulary=_ROWS)
     return {"bytes": sum(leaf.nbytes for leaf in written.values())}
 
 

@@ -62,6 +62,11 @@ def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:
             "log_every": 5 if debug else 20,
             "checkpoint_every": 5 if debug else 100,
             "keep": 1,
+            "keep_every": 0,
+            "keep_best": "",
+            "max_skipped": 0,
+            "hang_seconds": 600,
+            "hang_exit_seconds": 0,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

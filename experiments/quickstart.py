@@ -92,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "text_drop": 0.1,
             "edit_vision": False,  # the latents show all that a recolouring needs, in less length
             "edit_latents": True,
+            "streams": 1,
             "workers": 0,
             "max_corrupt": 0,
             "mixture": tuple(
@@ -146,6 +147,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "log_every": 50,
             "checkpoint_every": 10 if arg.debug else 500,
             "keep": 2,
+            "keep_every": 0,
+            "keep_best": "",
+            "max_skipped": 0,
+            "hang_seconds": 600,
+            "hang_exit_seconds": 0,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

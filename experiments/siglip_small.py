@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "image_size": 64,
             "flip": False,  # some emoji are told from others by where they face
             "shift": 6,
+            "streams": 1,
             "workers": 0,
             "max_corrupt": 0,
             "mixture": (
@@ -95,6 +96,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "log_every": 50,
             "checkpoint_every": 10 if arg.debug else 500,
             "keep": 1,
+            "keep_every": 0,
+            "keep_best": "",
+            "max_skipped": 0,
+            "hang_seconds": 600,
+            "hang_exit_seconds": 0,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "image_size": 64,
             "flip": True,
             "shift": 4,
+            "streams": 1,
             "workers": 0,
             "max_corrupt": 0,
             # Emoji are the harder pictures, and the more varied ones.
@@ -80,6 +81,11 @@ def get_config(arg: str = "") -> ConfigDict:
             "log_every": 50,
             "checkpoint_every": 10 if arg.debug else 400,
             "keep": 1,
+            "keep_every": 0,
+            "keep_best": "",
+            "max_skipped": 0,
+            "hang_seconds": 600,
+            "hang_exit_seconds": 0,
         }
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import socket
@@ -10,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, config, trees
+from unifluid_jax import checkpoint, trees
 from unifluid_jax.checkpoint import Checkpointer
 from unifluid_jax.errors import UserError
 
@@ -60,7 +60,7 @@ def assert_equal(a, b):
 @pytest.fixture
 def saved(tmp_path):
     with Checkpointer(tmp_path, keep=3) as checkpointer:
-        checkpointer.save(7, make_state(), {"next": 70}, META)
+        checkpointer.save(7, make_state(), {"0": {"next": 70}}, META)
     return tmp_path
 
 
@@ -69,7 +69,8 @@ def test_a_step_comes_back_as_it_was(saved):
         assert checkpointer.latest_step() == 7
         restored = checkpointer.restore(place(make_state(), 1))
     assert_equal(restored.state, make_state())
-    assert (restored.step, restored.iterator, restored.meta) == (7, {"next": 70}, META)
+    assert (restored.step, restored.iterator) == (7, {"0": {"next": 70}})
+    assert {name: x for name, x in restored.meta.items() if name != "leaves"} == META
 
 
 def test_restore_onto_other_meshes(tmp_path):
@@ -78,7 +79,7 @@ def test_restore_onto_other_meshes(tmp_path):
     previous = put(state, place(state, 8))
     for i, devices in enumerate([4, 1, 8]):
         with Checkpointer(tmp_path / str(i), keep=1) as checkpointer:
-            checkpointer.save(1, previous, None, {})
+            checkpointer.save(1, previous, {}, {})
             abstract = place(state, devices)
             previous = checkpointer.restore(abstract).state
         assert_equal(previous, state)
@@ -91,7 +92,7 @@ def test_the_saved_state_may_be_donated_at_once(tmp_path):
     state = {"w": jnp.zeros(1 << 22)}
     with Checkpointer(tmp_path, keep=10) as checkpointer, jax.transfer_guard("disallow"):
         for step in range(4):
-            checkpointer.save(step, state, None, {})
+            checkpointer.save(step, state, {}, {})
             state = add(add(state))
         for step in range(4):
             read = checkpointer.restore(place(state, 1), step).state["w"]
@@ -102,8 +103,8 @@ def test_only_the_last_steps_stay_and_none_is_saved_twice(tmp_path):
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         assert checkpointer.latest_step() is None
         for step in (1, 2, 3):
-            checkpointer.save(step, {"w": jnp.full(2, step)}, step, {})
-        checkpointer.save(3, {"w": jnp.zeros(2)}, 0, {})
+            checkpointer.save(step, {"w": jnp.full(2, step)}, {}, {})
+        checkpointer.save(3, {"w": jnp.zeros(2)}, {}, {})
         checkpointer.wait()
         abstract = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
         np.testing.assert_array_equal(checkpointer.restore(abstract).state["w"], 3)
@@ -120,7 +121,7 @@ def test_parameters_alone_for_inference(saved, which, below):
     read = checkpoint.restore_params(saved / below, abstract, which)
     assert_equal(read, make_state()[which])
     assert read["backbone"]["w"].devices() == {jax.devices()[0]}
-    assert checkpoint.stored_meta(saved / below) == META
+    assert checkpoint.stored_meta(saved / below)["config"] == META["config"]
     assert checkpoint.stored_config(saved / below).model.width == 8
 
 
@@ -137,7 +138,7 @@ def partly_frozen(tmp_path):
                 "ema": jax.tree.map(lambda x: x + 1, trained),
                 "frozen": {"backbone": make_state()["params"]["backbone"]},
             }
-            checkpointer.save(step, state, step, META)
+            checkpointer.save(step, state, {}, META)
             states.append(state)
     return tmp_path, states
 
@@ -164,11 +165,58 @@ def test_frozen_parameters_that_are_gone_or_unlike_are_named(partly_frozen):
         with pytest.raises(UserError, match=r"frozen does not fit: backbone/w is float32\[8, 8\]"):
             checkpointer.restore(wider)
         (folder / "frozen" / "_METADATA").write_text("{")
-        with pytest.raises(UserError, match="frozen is damaged .* begin the run anew"):
+        with pytest.raises(UserError, match="frozen, .* is damaged .* begin the run anew"):
             checkpointer.restore(abstract)
         shutil.rmtree(folder / "frozen")
-        with pytest.raises(UserError, match="did not train: .*frozen is missing"):
+        with pytest.raises(
+            UserError, match="frozen, .* does not train, is missing; there is no older copy"
+        ):
             checkpointer.restore(abstract)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.8])
+def test_damaged_frozen_parameters_are_named_and_no_step_is_blamed(tmp_path, at):
+    state = {
+        "params": {"a": jnp.ones(4)},
+        "frozen": {"b": jax.random.normal(jax.random.key(0), 512)},
+    }
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, {}, META)
+    flip(largest(tmp_path / "checkpoints" / "frozen"), at)
+    abstract = jax.eval_shape(lambda: {**state["params"], **state["frozen"]})
+    message = r"checkpoints/frozen, .* is damaged .*; there is no older copy of it"
+    with pytest.raises(UserError, match=message):
+        checkpoint.restore_params(tmp_path, abstract, "params")
+    with (
+        Checkpointer(tmp_path, keep=2) as checkpointer,
+        pytest.raises(checkpoint.Lost, match=message),
+    ):
+        checkpointer.restore(place(state, 1))
+    assert checkpoint.saved_steps(tmp_path) == [1, 2] and not (tmp_path / "damaged").exists()
+
+
+def test_a_damaged_step_with_frozen_parameters_gives_way_to_the_one_before(tmp_path):
+    state = {"params": {"a": jnp.ones(4)}, "frozen": {"b": jnp.arange(8.0)}}
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, {}, META)
+    flip(largest(tmp_path / "checkpoints" / "2" / "state"))
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        restored = checkpointer.restore(place(state, 1))
+    assert restored.step == 1
+    assert_equal(restored.state, state)
+
+
+def test_frozen_parameters_of_a_run_without_a_step_are_written_anew(tmp_path):
+    """It was killed between the two; its initial checkpoint may be another one by now."""
+    for value in (1.0, 2.0):
+        state = {"params": {"a": jnp.ones(4)}, "frozen": {"b": jnp.full(8, value)}}
+        with Checkpointer(tmp_path, keep=2) as checkpointer:
+            checkpointer.save(1, state, {}, META)
+        with Checkpointer(tmp_path, keep=2) as checkpointer:
+            assert_equal(checkpointer.restore(place(state, 1)).state, state)
+        shutil.rmtree(tmp_path / "checkpoints" / "1")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
@@ -176,7 +224,7 @@ def test_parameters_alone_read_only_their_own_bytes(tmp_path):
     noise = jax.random.normal(jax.random.key(0), (3, 1 << 18))  # 3 x 1 MiB; does not compress
     state = {"ema": {"w": noise[0]}, "params": {"w": noise[1]}, "opt_state": {"w": noise[2]}}
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        checkpointer.save(1, state, None, META)
+        checkpointer.save(1, state, {}, META)
     before = _bytes_read()
     read = checkpoint.restore_params(tmp_path, jax.eval_shape(lambda: state["ema"]), "ema")
     assert_equal(read, state["ema"])
@@ -292,11 +340,11 @@ import jax.numpy as jnp
 from unifluid_jax.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], keep=3)
 state = {"w": jnp.zeros(1 << 25)}
-checkpointer.save(1, state, None, {})
+checkpointer.save(1, state, {}, {})
 checkpointer.wait()
 print("saved", flush=True)
 while True:
-    checkpointer.save(2, state, None, {})
+    checkpointer.save(2, state, {}, {})
 """
 
 
@@ -313,7 +361,7 @@ def test_a_process_killed_while_saving_leaves_the_last_good_step(tmp_path, caplo
     process.kill()
     process.wait()
     assert unfinished.exists()
-    assert checkpoint.stored_meta(tmp_path) == {}
+    assert checkpoint.stored_meta(tmp_path).keys() == {"leaves"}
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         assert checkpointer.latest_step() == 1
         read = checkpointer.restore({"w": jax.ShapeDtypeStruct((1 << 25,), jnp.float32)})
@@ -334,11 +382,11 @@ where = jax.NamedSharding(mesh, jax.P("fsdp"))
 mine = np.full((1, 4), process, np.float32)
 state = {"w": jax.make_array_from_process_local_data(where, mine)}
 abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=where)}
-iterator = {"next": "x" * 3**process}
+iterator = {str(process): "x" * 3**process, "shared": 5}
 with Checkpointer(workdir, keep=1) as checkpointer:
     checkpointer.save(1, state, iterator, {})
     restored = checkpointer.restore(abstract)
-assert restored.iterator == iterator
+assert restored.iterator == {"0": "x", "1": "xxx", "shared": 5}
 assert np.array_equal(restored.state["w"].addressable_shards[0].data, mine)
 """
 
@@ -365,107 +413,169 @@ def test_two_processes_save_one_step_and_each_its_own_iterator(tmp_path):
         for process in processes:
             process.kill()
 
-    # One process can read the arrays, but not go on with the input of two.
+    # One process goes on with what two have saved.
     abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        restored = checkpointer.restore(abstract)
+    assert restored.iterator == {"0": "x", "1": "xxx", "shared": 5}
+    np.testing.assert_array_equal(restored.state["w"][:, 0], [0, 1])
+
+
+# --- what is not what was saved ---
+
+
+def several(folder, steps, **keep):
+    with Checkpointer(folder, **{"keep": 9, **keep}) as checkpointer:
+        for step in steps:
+            checkpointer.save(step, make_state(float(step)), {"0": step}, META)
+
+
+def largest(folder):
+    """The largest file; of arrays, one with values."""
+    values = [path for path in folder.glob("**/d/*") if path.is_file()]
+    return max(values or [folder / "metadata"], key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path, at=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, os.unlink])
+@pytest.mark.parametrize("victim", ["state", "iterator", "meta"])
+def test_the_last_whole_step_is_taken_and_the_damaged_one_set_aside(
+    tmp_path, caplog, damage, victim
+):
+    several(tmp_path, (1, 2, 3))
+    damage(largest(tmp_path / "checkpoints" / "3" / victim))
+    with Checkpointer(tmp_path, keep=9) as checkpointer:
+        restored = checkpointer.restore(place(make_state(), 2))
+        assert (restored.step, restored.iterator) == (2, {"0": 2})
+        assert_equal(restored.state, make_state(2.0))
+        assert checkpointer.latest_step() == 2
+        assert "checkpoints/3 is damaged" in caplog.text
+        assert (tmp_path / "damaged" / "3").is_dir()
+        # The step may be done again, and damaged again.
+        checkpointer.save(3, make_state(3.0), {"0": 3}, META)
+    damage(largest(tmp_path / "checkpoints" / "3" / victim))
+    with Checkpointer(tmp_path, keep=9) as checkpointer:
+        assert checkpointer.restore(place(make_state(), 1)).step == 2
+    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("at", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_any_flipped_bit_of_the_values_is_found(saved, at):
+    """Also when parameters alone are read, of those."""
+    flip(largest(saved / "checkpoints" / "7" / "state"), at)
+    with Checkpointer(saved, keep=3) as checkpointer, pytest.raises(UserError, match="is damaged"):
+        checkpointer.restore(place(make_state(), 1), 7)
+    abstract = jax.eval_shape(lambda: make_state()["params"])
+    for which in ("ema", "params"):
+        with contextlib.suppress(UserError):  # whole where the bit was not its own
+            assert_equal(checkpoint.restore_params(saved, abstract, which), make_state()[which])
+
+
+def test_checksums_name_the_array(saved, monkeypatch):
+    read = checkpoint._read_arrays
+
+    def wrong(*arguments, **options):
+        state = read(*arguments, **options)
+        weight = state["ema"]["backbone"]["w"]
+        state["ema"]["backbone"]["w"] = weight.at[3, 5].set(weight[3, 5] + 1e-6)
+        return state
+
+    monkeypatch.setattr(checkpoint, "_read_arrays", wrong)
     with (
-        Checkpointer(tmp_path, keep=1) as checkpointer,
-        pytest.raises(UserError, match="input state of 2 processes, this run has 1"),
+        Checkpointer(saved, keep=3) as checkpointer,
+        pytest.raises(UserError, match=r"7 is damaged \(checksums differ: ema/backbone/w\)"),
     ):
-        checkpointer.restore(abstract)
-    read = checkpoint.restore_params(tmp_path, abstract["w"], "w")
-    np.testing.assert_array_equal(read[:, 0], [0, 1])
+        checkpointer.restore(place(make_state(), 1), 7)
 
 
-def run_config(**changes) -> ConfigDict:
-    result = ConfigDict(
-        {
-            "seed": 0,
-            "model": {"width": 8, "layers": 2},
-            "train": {"steps": 10, "log_every": 1},
-            "evals": {"vqa": {"every": 5}},
-            "betas": (0.9, 0.95),
-        }
-    )
-    result.update_from_flattened_dict(changes)
-    return result.lock()
+def test_where_no_step_is_whole_the_run_does_not_begin_anew(tmp_path):
+    several(tmp_path, (1, 2))
+    for step in ("1", "2"):
+        truncate(largest(tmp_path / "checkpoints" / step / "meta"))
+    for _ in range(2):
+        with Checkpointer(tmp_path, keep=9) as checkpointer:
+            assert checkpointer.latest_step() == 2
+            message = "2 is damaged .*; and 1 older ones too: to begin the run anew, delete"
+            with pytest.raises(UserError, match=message) as error:
+                checkpointer.restore(place(make_state(), 1))
+        assert "\n" not in str(error.value)
 
 
-def test_the_same_run_may_go_on_for_longer():
-    saved = config.to_json(run_config())
-    checkpoint.check_same_run(saved, run_config())
-    checkpoint.check_same_run(
-        saved, run_config(**{"train.steps": 20, "train.log_every": 5, "evals.vqa.every": 1})
-    )
+def test_another_model_is_no_damage(tmp_path):
+    several(tmp_path, (1, 2))
+    abstract = change(place(make_state(), 1), "params/backbone/b", ((9,), jnp.float32))
+    with Checkpointer(tmp_path, keep=9) as checkpointer:
+        with pytest.raises(
+            UserError, match="2 does not fit: params/backbone/b is float32.8., want"
+        ):
+            checkpointer.restore(abstract)
+        assert checkpointer.latest_step() == 2
+    assert not (tmp_path / "damaged").exists()
+
+
+# --- which steps stay ---
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("keep", "stay"),
     [
-        ({"model.width": 16}, "another run: model.width was 8, now 16; take another --workdir$"),
-        ({"model.width": 16, "seed": 1}, "seed was 0, now 1; model.width was 8, now 16"),
-        ({"betas": (0.9, 0.99)}, r"betas was \[0.9, 0.95\], now \[0.9, 0.99\]"),
+        ({"keep": 2}, [6, 7]),
+        ({"keep": 1, "keep_every": 3}, [3, 6, 7]),
+        ({"keep": 1, "keep_best": "vqa/accuracy"}, [2, 7]),
+        ({"keep": 1, "keep_best": "-vqa/accuracy"}, [4, 7]),
+        ({"keep": 1, "keep_best": "none/such"}, [7]),
     ],
 )
-def test_another_run_is_named_by_its_differences(changes, message):
-    with pytest.raises(UserError, match="the workdir holds") as error:
-        checkpoint.check_same_run(config.to_json(run_config()), run_config(**changes))
-    for part in message.split("; "):
-        assert error.match(part)
+def test_the_last_those_of_a_period_and_the_best_stay(tmp_path, keep, stay):
+    scores = {1: 0.5, 2: 0.9, 4: 0.1, 5: 0.3}
+    for part in ((1, 2, 3), (4, 5, 6, 7)):  # the second process knows the scores of the first
+        with Checkpointer(tmp_path, **keep) as checkpointer:
+            for step in part:
+                checkpointer.save(step, {"w": jnp.zeros(2)}, {}, {})
+                assert not checkpointer.scored(step)
+                if step in scores:
+                    checkpointer.score(step, {"vqa/accuracy": scores[step]})
+                    assert checkpointer.scored(step)
+    assert checkpoint.saved_steps(tmp_path) == stay
 
 
-def test_a_new_field_makes_another_run_too():
-    saved = config.to_json(run_config())
-    del saved["model"]["layers"]
-    with pytest.raises(UserError, match="model.layers was '.absent.', now 2"):
-        checkpoint.check_same_run(saved, run_config())
+# --- disks ---
 
 
-def test_a_workdir_is_claimed_before_its_first_checkpoint(tmp_path):
-    for workdir in (tmp_path, tmp_path / "nowhere"):
-        checkpoint.check_workdir(workdir, run_config())
-    assert not list(tmp_path.iterdir()), "a check leaves nothing"
-    checkpoint.claim(tmp_path, run_config())
-    checkpoint.check_workdir(tmp_path, run_config())
-    checkpoint.check_workdir(str(tmp_path), run_config(**{"train.steps": 20}))
-    with pytest.raises(UserError, match="another run: seed was 0, now 1; take another --workdir$"):
-        checkpoint.check_workdir(tmp_path, run_config(seed=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    assert config.load(str(tmp_path / "config.json")).model.width == 8
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_claim_follows_what_may_change(tmp_path):
-    checkpoint.claim(tmp_path, run_config())
-    checkpoint.claim(tmp_path, run_config(**{"train.steps": 20}))
-    assert config.load(str(tmp_path / "config.json")).train.steps == 20
-
-
-@pytest.mark.parametrize("empty", [False, True])
-def test_a_workdir_without_its_config_is_known_by_its_checkpoint(tmp_path, empty):
-    if empty:
-        (tmp_path / "checkpoints").mkdir()
-    else:
-        meta = {"config": config.to_json(run_config())}
-        with Checkpointer(tmp_path, keep=1) as checkpointer:
-            checkpointer.save(1, {"w": jnp.zeros(2)}, None, meta)
-    checkpoint.check_workdir(tmp_path, run_config())
-    if empty:
-        checkpoint.check_workdir(tmp_path, run_config(seed=1))
-    else:
-        with pytest.raises(UserError, match="another run: seed was 0, now 1"):
-            checkpoint.check_workdir(tmp_path, run_config(seed=1))
-
-
-@pytest.mark.parametrize("text", ["", '{"seed": 0, "mod', "[]", "3"])
-def test_a_damaged_config_of_a_workdir_is_named(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json is damaged .*: delete it to go on") as error:
-        checkpoint.check_workdir(tmp_path, run_config())
+def test_a_full_disk_is_named_and_loses_nothing(small_disk):
+    noise = jax.random.normal(jax.random.key(0), (1 << 18,))  # 1 MiB; does not compress
+    message = r"cannot write .*: No space left on device; step \d is the last one saved: make room"
+    with (
+        pytest.raises(UserError, match=message) as error,
+        Checkpointer(small_disk, keep=9) as checkpointer,
+    ):
+        for step in range(1, 9):
+            checkpointer.save(step, {"w": noise * step}, {}, {})
+            checkpointer.wait() if step == 1 else checkpointer.check()
+            time.sleep(0.05)
     assert "\n" not in str(error.value)
-    (tmp_path / "config.json").unlink()
-    checkpoint.check_workdir(tmp_path, run_config())
-
-
-def test_only_process_0_claims(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoint.claim(tmp_path, run_config())
-    assert not list(tmp_path.iterdir())
+    with Checkpointer(small_disk, keep=9) as checkpointer:
+        restored = checkpointer.restore({"w": jax.ShapeDtypeStruct((1 << 18,), jnp.float32)})
+    last = checkpoint.saved_steps(small_disk)[-1]
+    assert restored.step == last >= 1
+    np.testing.assert_array_equal(restored.state["w"], noise * last)

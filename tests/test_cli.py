@@ -24,7 +24,7 @@ More about it.
 from absl import flags
 from ml_collections import ConfigDict
 from unifluid_jax import cli
-from unifluid_jax.errors import UserError
+from unifluid_jax.errors import Restart, UserError
 
 _CONFIG = cli.config_flag(%s)
 _SIZE = flags.DEFINE_integer("size", 3, "how large")
@@ -32,11 +32,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "where to", required=%s)
 
 
 def main(argv):
-    words = cli.positional(argv, "say|bug|interrupt|mistake", "[NAME]...")
+    words = cli.positional(argv, "say|bug|interrupt|mistake|full|again", "[NAME]...")
     if words[0] == "bug":
         raise RuntimeError("a bug")
     if words[0] == "interrupt":
         raise KeyboardInterrupt
+    if words[0] == "full":
+        with open("/dev/full", "w") as stream:
+            stream.write("x")
+    if words[0] == "again":
+        raise Restart("a notice came")
     if words[0] == "mistake":
         raise UserError("a mistake")
     print(_CONFIG.value.train.steps, _SIZE.value, words)
@@ -92,9 +97,10 @@ def test_overrides_also_hold_for_a_stored_config(program):
         (["say", "--config=config.py", "--sise=3"], 'unknown flag --sise (did you mean "size"?)'),
         (["say", "--config=config.py", "--size=x"], "flag --size=x"),
         (["say", "--config=config.py", "--size"], "Missing value for flag --size"),
-        (["shout"], 'unknown command "shout" (known: bug, interrupt, mistake, say); usage: '),
-        ([], "say|bug|interrupt|mistake is missing; usage: "),
+        (["shout"], 'unknown command "shout" (known: again, bug, full, interrupt, mistake, say); usage: '),
+        ([], "say|bug|interrupt|mistake|full|again is missing; usage: "),
         (["mistake"], "error: a mistake"),
+        (["full"], "error: cannot write: No space left on device"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(program, arguments, message):
@@ -108,6 +114,10 @@ def test_mistakes_end_in_one_line_and_exit_code_2(program, arguments, message):
 def test_a_required_flag_is_asked_for(program):
     code, _, err = program("say", "--config=config.py", required=True)
     assert (code, err) == (2, "error: --workdir is missing: where to\n")
+
+
+def test_what_passes_asks_to_be_given_again(program):
+    assert program("again") == (75, "", "restart: a notice came\n")
 
 
 def test_interrupt_is_quiet_and_a_bug_is_not(program):

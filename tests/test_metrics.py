@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from unifluid_jax import metrics
 from unifluid_jax.metrics import Meter, Progress, Writer
 
 
@@ -101,23 +102,76 @@ class Clock:
         return self.now
 
 
-def test_a_meter_leaves_compilation_and_evaluations_out():
+def test_a_meter_leaves_compilation_and_evaluations_out_of_speeds():
     clock = Clock()
     meter = Meter(window=4, clock=clock)
     clock.now += 100
     assert meter.read({"examples": 8}) == {}
     for _ in range(6):
-        with meter.waiting():
+        with meter.phase("input"):
             clock.now += 0.5
         clock.now += 1.5
-        with meter.aside():
+        with meter.phase("evaluate"):
             clock.now += 30
         speeds = meter.read({"examples": 8, "tokens": 100})
-    assert speeds == {"steps/s": 0.5, "examples/s": 4.0, "tokens/s": 50.0, "input_wait": 0.25}
+    assert speeds == {"steps/s": 0.5, "examples/s": 4.0, "tokens/s": 50.0}
     for _ in range(4):
         clock.now += 1
         speeds = meter.read({"examples": 8})
-    assert speeds == {"steps/s": 1.0, "examples/s": 8.0, "input_wait": 0.0}
+    assert speeds == {"steps/s": 1.0, "examples/s": 8.0}
+
+
+def test_a_meter_splits_the_time_since_it_was_asked_last():
+    clock, heard = Clock(), []
+    meter = Meter(lambda *phase: heard.append(phase), clock=clock)
+    with meter.phase("input", 3):
+        clock.now += 1
+        with meter.phase("compile"):  # one inside another
+            clock.now += 4
+        clock.now += 1
+    clock.now += 2
+    shares = meter.shares()
+    assert shares.pop("time/goodput") >= 0
+    assert shares == {"time/input": 0.25, "time/compile": 0.5, "time/compute": 0.25}
+    assert heard[:4] == [("input", 3), ("compile", None), ("input", None), ("compute", None)]
+    with meter.phase("checkpoint", 4):
+        clock.now += 3
+    clock.now += 1
+    shares = meter.shares()
+    shares.pop("time/goodput")
+    assert shares == {"time/checkpoint": 0.75, "time/compute": 0.25}
+
+
+def test_goodput_counts_what_led_to_the_present_state(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "time", lambda: 1000 + clock.now)
+    # Began 100 s ago; 40 s of it computed what was restored; the rest was lost, or waited.
+    meter = Meter(productive=40.0, began=1000.0, clock=clock)
+    assert meter.shares()["time/goodput"] == 0.4
+    clock.now += 10
+    with meter.phase("evaluate"):
+        clock.now += 10
+    assert meter.productive() == 50
+    assert meter.shares()["time/goodput"] == 50 / 120
+
+
+def test_every_start_is_noted_and_the_first_one_remembered(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "time", clock)
+    assert metrics.log_start(tmp_path / "run", 0) == 100
+    clock.now += 50
+    assert metrics.log_start(tmp_path / "run", 7) == 100
+    lines = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["time"], json.loads(line)["step"]) for line in lines] == [
+        (100, 0),
+        (150, 7),
+    ]
+    assert json.loads(lines[0])["devices"] == 8
+    (tmp_path / "run" / "starts.jsonl").write_text("nonsense\n")
+    assert metrics.log_start(tmp_path / "run", 9) == 150
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert metrics.log_start(tmp_path / "other", 0) == 150
+    assert not (tmp_path / "other").exists()
 
 
 def test_plain_lines_have_step_losses_speed_and_time_left():

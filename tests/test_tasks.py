@@ -86,37 +86,42 @@ def test_counts_of_a_packed_batch(unifluid):
     batch = tiny.batch(unifluid._parts.sequencer.layout)
     # Rows hold 1, 2, 3, 1, ... of: 4 + 4 + 2 positions with 3 text targets; 5 + 4 with 4 image
     # targets; 4 + 4 + 5 + 4 with 4.
-    assert unifluid.count(batch) == {
+    assert unifluid.count(jax.tree.map(jnp.asarray, batch)) == {
         "examples": 3 * 1 + 3 * 2 + 2 * 3,
         "tokens": 8 * 10 + 5 * 9 + 2 * 17,
-        "text_targets": 8 * 3,
-        "image_targets": 5 * 4 + 2 * 4,
+        "text_tokens": 8 * 6 + 5 * 6 + 2 * 6,
+        "image_tokens": 5 * 3 + 2 * (4 + 3),
+        "images_read": 8 + 2,
+        "images_drawn": 5 + 2,
     }
 
 
 def test_counts_of_the_pipelines_batches(unifluid, tokenizer):
-    batch = next(unifluid.batches(0, 1))
-    counts = unifluid.count(batch)
+    batch = next(unifluid.batches())
+    counts = unifluid.count(jax.tree.map(jnp.asarray, batch))
     assert counts["examples"] == np.count_nonzero(batch["example_id"][..., 0] >= 0)
-    assert counts["text_targets"] == batch["text_weight"].sum()
-    assert counts["image_targets"] == batch["image_weight"].sum()
-    assert tokenizer.count(next(tokenizer.batches(0, 1))) == {"examples": 8}
+    assert counts["tokens"] == np.count_nonzero(batch["segment"])
+    assert counts["images_drawn"] == batch["image_weight"].sum() / 4
+    assert tokenizer.count(jax.tree.map(jnp.asarray, next(tokenizer.batches()))) == {"examples": 8}
 
 
-def test_processes_share_the_rows_of_a_batch(unifluid, tokenizer):
+def test_a_process_gets_its_rows_of_a_batch(unifluid, tokenizer):
     for task, name in ((unifluid, "tokens"), (tokenizer, "images")):
-        whole = next(task.batches(0, 1))[name]
-        shares = [next(task.batches(i, 2))[name] for i in range(2)]
-        assert [len(share) for share in shares] == [4, 4] and len(whole) == 8
-        assert not np.array_equal(*shares)
+        config = task._config.copy_and_resolve_references()
+        with config.unlocked():
+            config.input.streams = 2
+        task = tasks.make(config.lock())
+        whole = next(task.batches())[name]
+        shares = [next(task.batches(rows))[name] for rows in (range(4), range(4, 8))]
+        np.testing.assert_array_equal(np.concatenate(shares), whole)
 
 
 def test_batches_go_on_from_a_state(unifluid):
-    batches = unifluid.batches(0, 1)
+    batches = unifluid.batches()
     next(batches)
     state = batches.get_state()
     expected = next(batches)
-    again = unifluid.batches(0, 1)
+    again = unifluid.batches()
     again.set_state(state)
     found = next(again)
     for name in expected:

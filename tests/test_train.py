@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unifluid_jax import checkpoint, optim, sharding, tasks, trees
+from unifluid_jax import checkpoint, evals, replay, sharding, tasks, trees
 from unifluid_jax import config as configs
-from unifluid_jax.errors import UserError
+from unifluid_jax.errors import Restart, UserError
 
 train = tiny.program("train")
 
@@ -37,18 +37,14 @@ class Stepper:
         self.batch = tiny.batch(self.task._parts.sequencer.layout)
         self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
         sharding.check_batch(len(self.batch["tokens"]), config.train.accumulate, self.mesh)
-        key = jax.random.key(config.seed)
-        params = jax.eval_shape(self.task.model.init, key)
-        optimizer = optim.make(config.optim, params, config.train.steps)
+        optimizer, abstract = train.describe(config, self.task, self.mesh)
+        self.where = jax.tree.map(lambda x: x.sharding, abstract)
 
         def init(key):
-            return train.init(config, self.task, optimizer, key)
+            return train.fresh(config, optimizer, self.task.model.init(key))
 
-        shapes = jax.eval_shape(init, key)
-        placed = sharding.shardings(self.task.model.axes, params, self.mesh)
-        self.where = sharding.state_shardings(shapes, placed, self.mesh)
         if start is None:
-            start = jax.jit(init, out_shardings=self.where)(key)
+            start = jax.jit(init, out_shardings=self.where)(jax.random.key(config.seed))
         self.start = jax.device_put(jax.device_get(start), self.where)
         # A fresh head returns zeros and passes nothing back: from here, all parameters matter.
         rng = np.random.default_rng(0)
@@ -150,6 +146,39 @@ def test_cut_over_devices_or_in_parts_a_step_is_the_same(world, reference, sizes
             )
     for leaf, place in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(other.where), strict=True):
         assert leaf.sharding == place
+
+
+def test_muon_cut_over_devices_and_in_parts_is_the_same(world):
+    """Its momentum is made orthogonal as a whole matrix, wherever the parts of it lie."""
+    rules = (("head/.*kernel", {"muon": (0,)}), (".*", {}))
+    changes = {"train.steps": 30, "optim.rules": rules}
+    one = Stepper(tiny.unifluid(world, **changes, **{"mesh.data": 1}))
+    cut = {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "train.accumulate": 2}
+    other = Stepper(tiny.unifluid(world, **changes, **cut), devices=4, start=one.start)
+    moments = trees.flatten(one.start["opt_state"])
+    assert any("head/cond_in/kernel" in name and "/nu/" not in name for name in moments)
+    assert not any("head/cond_in/kernel" in name and "/nu/" in name for name in moments)
+    (_, *wanted), _ = one(2)
+    (_, *states), _ = other(2)
+    assert not other.moved["params"]["head"]["cond_in"]["kernel"].sharding.is_fully_replicated
+    for a, b in zip(wanted, states, strict=True):
+        for name, leaf in trees.flatten(a).items():
+            # Newton-Schulz in bfloat16 would not: optax runs it in the momentum's float32.
+            np.testing.assert_allclose(
+                leaf, trees.flatten(b)[name], atol=1e-4, rtol=1e-4, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("field", ["latent_mean", "image_weight"])
+def test_nothing_of_a_step_that_is_not_finite_stays(reference, field):
+    batch = jax.tree.map(np.copy, reference.batch)
+    batch[field][np.nonzero(batch["image_weight"])] = np.nan
+    (before, after), (scalars,) = reference(1, batch)
+    assert scalars["skipped"] == 1 and after["step"] == before["step"] + 1
+    for part in ("params", "ema", "opt_state"):
+        assert_same(after[part], before[part])
+    _, (fine,) = reference(1)
+    assert fine["skipped"] == 0
 
 
 def test_rows_beside_it_do_not_change_a_rows_noise(reference):
@@ -276,7 +305,7 @@ def run(config, workdir, batches=None, interrupt=None):
     def spy(batch, mesh):
         if len(batches) == interrupt:
             raise KeyboardInterrupt
-        batches.append(batch)
+        batches.append({name: rows for name, rows in batch.items() if name != "stop"})
         return shard(batch, mesh)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -293,7 +322,7 @@ def records(workdir):
     """The lines of metrics.jsonl, but for speeds and scores."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: x for name, x in line.items() if not name.endswith("/s") and name != "input_wait"}
+        {name: x for name, x in line.items() if not name.endswith("/s") and "time/" not in name}
         for line in lines
         if "loss" in line
     ]
@@ -386,7 +415,7 @@ def test_a_killed_run_goes_on_bit_for_bit(world, programs, whole, tmp_path):
 def test_a_run_is_one_step_after_another(whole, reference):
     """The loop, cut over 8 devices and with an evaluation in it, against a plain one on one."""
     _, expected, lines, batches = whole
-    state, source = reference.start, reference.task.batches(0, 1)
+    state, source = reference.start, reference.task.batches()
     for batch, line in zip(batches, lines, strict=True):
         assert_same(batch, next(source))
         fields = {name: x for name, x in batch.items() if name != "example_id"}
@@ -426,6 +455,99 @@ def test_a_finished_run_has_nothing_left_to_do(world, programs, whole, tmp_path)
     state, after, batches = run(tiny.unifluid(world, mesh=MESH), tmp_path / "copy")
     assert_same(state, expected)
     assert after == lines and not batches
+
+
+def on_batch(monkeypatch, number, action):
+    """Does something to the trainer when the batch of a step is sent to the devices."""
+    shard, seen = sharding.shard_batch, []
+
+    def spy(batch, mesh):
+        seen.append(1)
+        return shard(action(batch) if len(seen) == number else batch, mesh)
+
+    monkeypatch.setattr(sharding, "shard_batch", spy)
+
+
+def test_sigterm_saves_and_asks_to_be_started_again(world, programs, whole, tmp_path):
+    config = tiny.unifluid(world, mesh=MESH)
+
+    def terminate(batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        on_batch(patch, 2, terminate)
+        with pytest.raises(Restart, match="SIGTERM has come; step 4 of 8 is saved"):
+            train.train(config, tmp_path)
+    assert checkpoint.saved_steps(tmp_path) == [4]
+    state, resumed, _ = run(config, tmp_path)
+    _, expected, in_one_go, _ = whole
+    assert_same(state, expected)
+    assert resumed == in_one_go
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["time/goodput"] <= 1
+    shares = [x for n, x in lines[-1].items() if n.startswith("time/") and n.count("/") == 1]
+    assert sum(shares) - lines[-1]["time/goodput"] - lines[-1]["time/compile_seconds"] == (
+        pytest.approx(1)
+    )
+    starts = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 4]
+    assert json.loads((tmp_path / "heartbeats" / "0.json").read_text())["phase"] == "end"
+
+
+def spoil(batch):
+    spoiled = dict(batch)
+    spoiled["latent_mean"] = np.full_like(batch["latent_mean"], np.nan)
+    return spoiled
+
+
+def test_a_step_that_is_not_finite_is_passed_over_or_ends_the_run(world, programs, tmp_path):
+    borne = tiny.unifluid(world, mesh=MESH, **{"train.max_skipped": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        on_batch(patch, 6, spoil)
+        train.train(borne, tmp_path / "borne")
+    skipped = [line["skipped"] for line in records(tmp_path / "borne")]
+    assert skipped == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert records(tmp_path / "borne")[5]["loss"] is None
+    workdir = tmp_path / "ended"
+    with pytest.MonkeyPatch.context() as patch:
+        on_batch(patch, 6, spoil)
+        with pytest.raises(UserError, match="loss or gradients of step 6 are not finite.*replay=6"):
+            train.train(tiny.unifluid(world, mesh=MESH), workdir)
+    assert checkpoint.saved_steps(workdir) == [4]
+    config = configs.load(str(workdir / "config.json"))
+    # What was spoilt on the way to the devices is fine in the file: spoil it there.
+    (file,) = (workdir / "nonfinite").iterdir()
+    np.savez(file, **spoil(np.load(file)))
+    text = "\n".join(replay.replay(config, workdir, 6, train.describe, train.train_step))
+    assert text.startswith("step 6, 2 after the checkpoint of step 4")
+    assert "the input gives another batch today: latent_mean differ" in text
+    assert "parameters: all finite" in text and "the batch: not finite\n  latent_mean: " in text
+    assert "gradients: not finite\n" in text and "first: invalid value (nan)" in text
+    with pytest.raises(UserError, match="no batch of step 5 in .*: it has .6."):
+        replay.replay(config, workdir, 5, train.describe, train.train_step)
+
+
+def test_a_score_that_a_killed_run_owes_is_made_up_for(world, programs, tmp_path):
+    common = {"train.checkpoint_every": 3, "train.steps": 4}
+    watched = {"seen": tiny.score("reconstruction", every=2)}
+    config = tiny.tokenizer(world, evals=watched, **common)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(evals, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config, tmp_path)
+    assert checkpoint.saved_steps(tmp_path) == [2], "what is evaluated is saved before"
+    train.train(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "seen/psnr" in line] == [2, 4]
+    assert checkpoint.saved_steps(tmp_path) == [2, 3, 4]
+    train.train(config, tmp_path)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text.count("seen/psnr") == 2, "nothing is owed any more"
 
 
 def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path):
@@ -490,6 +612,9 @@ def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path)
         ({"train.log_every": 0}, "config.train.log_every is 0: set it to 1 or more"),
         ({"train.checkpoint_every": 0}, "config.train.checkpoint_every is 0: set it to 1 or"),
         ({"train.keep": 0}, "config.train.keep is 0: set it to 1 or"),
+        ({"train.keep_best": "vqa/accuracy"}, 'keep_best is "vqa/accuracy": give EVALUATION/SCORE'),
+        ({"train.max_skipped": -1}, "config.train.max_skipped is -1: set it to 0 or"),
+        ({"input.streams": 3}, "batch_size=8 rows do not divide among config.input.streams=3"),
         ({"train.steps": 0, "optim.warmup_steps": 0}, "config.train.steps is 0: set it to 1 or"),
     ],
 )

@@ -109,6 +109,11 @@ def _shared(folder):
         "log_every": 1,
         "checkpoint_every": 4,
         "keep": 5,
+        "keep_every": 0,
+        "keep_best": "",
+        "max_skipped": 0,
+        "hang_seconds": 0,
+        "hang_exit_seconds": 0,
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config.evals = {}
@@ -172,6 +177,7 @@ def unifluid(folder, **changes):
         "text_drop": 0.1,
         "edit_vision": True,
         "edit_latents": True,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": tuple(
@@ -212,6 +218,7 @@ def tokenizer(folder, **changes):
         "image_size": SIZE,
         "flip": True,
         "shift": 2,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),

@@ -7,9 +7,11 @@ A program is a module with absl flags at its top, a docstring that `--help` prin
     if __name__ == "__main__":
         cli.run(main)
 
-Exit codes: 0 done; 1 a bug, with its stack trace; 2 a `UserError` or a wrong flag; 130 interrupted.
+Exit codes: 0 done; 1 a bug, with its stack trace; 2 a `UserError` or a wrong flag; 75 a `Restart`:
+give the same command again; 130 interrupted.
 """
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from unifluid_jax import config as configs
-from unifluid_jax.errors import UserError, nearest
+from unifluid_jax.errors import Restart, UserError, nearest
 
 # The flags that `config_flag` defines belong to the program that calls it, also in its --help.
 flags.disclaim_key_flags()
@@ -117,6 +119,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Restart as error:
+        print(f"restart: {error}", file=sys.stderr)
+        sys.exit(Restart.EXIT_CODE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: cannot write: {error.strerror}{where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -47,7 +47,8 @@ def main(argv: list[str]) -> None:
     wanted = _choose(evals.check(config), _EVALS.value)
     model = inference.from_checkpoint(config, _WORKDIR.value, _WEIGHTS.value, _STEP.value)
     folder, step = checkpoint.locate(_WORKDIR.value, _STEP.value)
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "evals" / str(step))
+    # --workdir may also be a folder of checkpoints, or one of them: nothing is written into these.
+    out = Path(_OUT.value or folder.parents[1] / "evals" / str(step))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

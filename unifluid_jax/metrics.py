@@ -111,37 +111,54 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 class Meter:
-    """How fast the last steps were, and how much of their time the input took.
+    """How fast the last steps were, what the time went into, and how much of it was of use.
 
-    Call `read` once per step. What comes before the first call, compilation above all, counts
-    nowhere; neither does what happens inside `aside`.
+    Time is that of the phase it is in, and of "compute" otherwise: the host stays one step ahead,
+    so that all it waits for outside a phase is a step. Call `read` once per step. What comes before
+    the first call, compilation above all, counts in no speed.
 
     Args:
-        window: steps to average over.
+        enter: hears of every change of phase, with the step where one is named.
+        productive: seconds of computing that led to the state which this run starts from.
+        began: when the run was first started, seconds since the epoch.
+        window: steps that speeds are averaged over.
         clock: for tests.
     """
 
-    def __init__(self, window: int = 20, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
-        self._steps: collections.deque[tuple[float, float, Mapping[str, int | float]]]
+    def __init__(
+        self,
+        enter: Callable[[str, int | None], None] = lambda phase, step: None,
+        productive: float = 0.0,
+        began: float | None = None,
+        window: int = 20,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._enter, self._clock = enter, clock
+        self._steps: collections.deque[tuple[float, Mapping[str, int | float]]]
         self._steps = collections.deque(maxlen=window)
         self._since: float | None = None
-        self._waited = 0.0
-        self._aside = 0.0
+        self._phase, self._phase_since = "compute", clock()
+        self._spent: collections.Counter[str] = collections.Counter()
+        self._shared: collections.Counter[str] = collections.Counter()
+        self._read: collections.Counter[str] = collections.Counter()
+        self._productive, self._began = productive, time.time() if began is None else began
+
+    def _turn(self, phase: str, step: int | None) -> str:
+        """Books the time of the phase that ends here, and returns its name."""
+        now, before = self._clock(), self._phase
+        self._spent[before] += now - self._phase_since
+        self._phase, self._phase_since = phase, now
+        self._enter(phase, step)
+        return before
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what fetches the next batch."""
-        began = self._clock()
-        yield
-        self._waited += self._clock() - began
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around what is no part of a step: an evaluation, a checkpoint."""
-        began = self._clock()
-        yield
-        self._aside += self._clock() - began
+    def phase(self, name: str, step: int | None = None) -> Iterator[None]:
+        """Around what is no computing: "input", "compile", "checkpoint", "evaluate"."""
+        before = self._turn(name, step)
+        try:
+            yield
+        finally:
+            self._turn(before, None)
 
     def read(self, counts: Mapping[str, int | float]) -> dict[str, float]:
         """Ends a step.
@@ -150,22 +167,71 @@ class Meter:
             counts: what the step processed on all processes together, like {"examples": 64}.
 
         Returns:
-            "steps/s"; "NAME/s" for every name of `counts`; "input_wait", the share of the time in
-            which the step waited for its batch. Empty at the first call.
+            "steps/s", and "NAME/s" for every name of `counts`: per second of computing and of
+            waiting for input. Empty at the first call.
         """
-        now = self._clock()
+        self._turn(self._phase, None)
+        spent = self._spent - self._read
+        seconds = spent["compute"] + spent["input"]
         if self._since is not None:
-            self._steps.append((now - self._since - self._aside, self._waited, counts))
-        self._since, self._waited, self._aside = now, 0.0, 0.0
-        seconds = sum(elapsed for elapsed, _, _ in self._steps)
-        if not seconds:
+            self._steps.append((seconds, counts))
+        self._since, self._read = self._clock(), self._spent.copy()
+        total = sum(elapsed for elapsed, _ in self._steps)
+        if not total:
             return {}
-        totals = {name: sum(c[name] for _, _, c in self._steps) for name in counts}
+        sums = {name: sum(c[name] for _, c in self._steps) for name in counts}
         return {
-            "steps/s": len(self._steps) / seconds,
-            **{f"{name}/s": total / seconds for name, total in totals.items()},
-            "input_wait": sum(waited for _, waited, _ in self._steps) / seconds,
+            "steps/s": len(self._steps) / total,
+            **{f"{name}/s": n / total for name, n in sums.items()},
         }
+
+    def shares(self) -> dict[str, float]:
+        """What the time since the last call went into: "time/PHASE", which add up to 1.
+
+        "time/goodput" is the share of all time since the run was first started, restarts and what
+        was lost by them with it, that went into computing the present state.
+        """
+        self._turn(self._phase, None)
+        spent = self._spent - self._shared
+        self._shared = self._spent.copy()
+        total = sum(spent.values()) or 1.0
+        return {
+            **{f"time/{name}": seconds / total for name, seconds in sorted(spent.items())},
+            "time/goodput": self.productive() / max(time.time() - self._began, 1e-9),
+        }
+
+    def productive(self) -> float:
+        """Seconds of computing that led to the present state; to be saved with it."""
+        return self._productive + self._spent["compute"]
+
+
+def log_start(workdir: str | os.PathLike, step: int) -> float:
+    """Notes in WORKDIR/starts.jsonl that a process begins; returns when the first one did.
+
+    Args:
+        step: where it goes on.
+
+    Returns:
+        Seconds since the epoch. Process 0 notes and reads for all.
+    """
+    now = time.time()
+    if jax.process_index() != 0:
+        return now
+    path = Path(workdir) / "starts.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as stream:
+        record = {
+            "time": now,
+            "step": step,
+            "processes": jax.process_count(),
+            "devices": jax.device_count(),
+            "device_kind": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        stream.write(json.dumps(record) + "\n")
+    with path.open(encoding="utf-8") as stream, contextlib.suppress(ValueError):
+        return float(json.loads(stream.readline())["time"])
+    return now
 
 
 class Progress:

@@ -106,6 +106,14 @@ class _Rule:
         return MuonDimensionNumbers(self.muon, tuple(range(max(self.muon) + 1, dims)))
 
 
+def _is_matrix(entry: Any) -> bool:
+    return isinstance(entry, MuonDimensionNumbers)
+
+
+def _is_entry(node: Any) -> bool:
+    return isinstance(node, MuonDimensionNumbers | optax.MaskedNode)
+
+
 def _match(config: ConfigDict, params: Tree) -> Tree:
     """The `_Rule` of every parameter."""
     known = [field.name for field in dataclasses.fields(_Rule)]
@@ -136,7 +144,7 @@ def split(config: ConfigDict, params: Tree) -> tuple[Tree, Tree]:
 
 
 def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, AdamW, schedule; for the parameters that `split` leaves to be trained.
+    """Clipping, AdamW, or Muon where a rule asks for it, and the schedule; for what is trained.
 
     Args:
         config: what `schedule` reads; `b1`, `b2`, `eps`; `clip`, the largest global norm of the
@@ -163,22 +171,22 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
             )
 
     jax.tree.map(check, rules, names, params)
-    muon = jax.tree.map(lambda rule, p: rule.matrix(p.ndim) is not None, rules, params)
-    adam = jax.tree.map(lambda is_muon: not is_muon, muon)
-
+    # A placeholder, not None, where Adam is to update: None would be no leaf.
     matrices = jax.tree.map(
         lambda rule, p: rule.matrix(p.ndim) or optax.MaskedNode(), rules, params
     )
+    muon = jax.tree.map(_is_matrix, matrices, is_leaf=_is_entry)
+    adam = jax.tree.map(lambda is_muon: not is_muon, muon)
 
     def decay_and_scale(updates: Tree, params: Tree) -> Tree:
-        def leaf(rule: _Rule, update: jax.Array, param: jax.Array) -> jax.Array:
-            if (matrix := rule.matrix(param.ndim)) is not None:
+        def leaf(matrix: Any, rule: _Rule, update: jax.Array, param: jax.Array) -> jax.Array:
+            if _is_matrix(matrix):
                 sides = (matrix.reduction_axis, matrix.output_axis)
                 larger = max(math.prod(param.shape[d] for d in side) for side in sides)
                 update *= 0.2 * math.sqrt(larger)
             return (update + config.weight_decay * rule.decay * param) * rule.lr_scale
 
-        return jax.tree.map(leaf, rules, updates, params)
+        return jax.tree.map(leaf, matrices, rules, updates, params, is_leaf=_is_entry)
 
     by_muon = optax.identity()
     if any(jax.tree.leaves(muon)):

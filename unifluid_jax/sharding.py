@@ -203,6 +203,18 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     An explicit transfer: it may stand in a loop under `jax.transfer_guard("disallow")`.
     """
     where = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()
-    }
+    # With several processes JAX makes the array by transfers that it does not call explicit.
+    with jax.transfer_guard("allow"):
+        return {
+            name: jax.make_array_from_process_local_data(where, rows)
+            for name, rows in batch.items()
+        }
+
+
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """The rows of a global batch of so many that the devices of this process hold, in order.
+
+    `shard_batch` takes them so. Processes that share a tensor group hold the same rows.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (index,) in indices for row in range(rows)[index]})

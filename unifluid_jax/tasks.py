@@ -3,10 +3,11 @@
 A task sees configs and pytrees. `totals` and `loss` are pure and are traced inside the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ from unifluid_jax.models.pair import Pair, TextTowerConfig
 from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble
+from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
 
@@ -39,11 +41,11 @@ class Task(Protocol):
 
     model: Functional | Adapted
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        """This process's rows of every batch, rows first; with Grain's get_state and set_state."""
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Some rows of every global batch, by default all; with Grain's get_state and set_state."""
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
-        """What some rows hold, by kind: for speeds."""
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
+        """What a batch holds, by kind: for speeds."""
 
     def totals(self, batch: Batch) -> Any:
         """What a batch's losses are divided by, before it is cut for gradient accumulation."""
@@ -78,15 +80,20 @@ class UniFluidTask:
         configs.check_options(losses.unified, "config.loss", config.loss, fixed)
         self.model = self._parts.trained
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.packed_batches(self._config, self._parts.sequencer, process, processes)
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.packed_batches(self._config, self._parts.sequencer, rows)
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
+        layout = self._parts.sequencer.layout
+        kinds = (Modality.TEXT, Modality.VISION, Modality.LATENT)
+        text, vision, latent = (jnp.count_nonzero(batch["modality"] == kind) for kind in kinds)
         return {
-            "examples": int(batch["segment"].max(axis=1).sum()),
-            "tokens": np.count_nonzero(batch["segment"]),
-            "text_targets": np.count_nonzero(batch["text_weight"]),
-            "image_targets": np.count_nonzero(batch["image_weight"]),
+            "examples": batch["segment"].max(axis=1).sum(),
+            "tokens": text + vision + latent,
+            "text_tokens": text,
+            "image_tokens": latent,
+            "images_read": vision // layout.vision_tokens,
+            "images_drawn": jnp.count_nonzero(batch["image_weight"]) // layout.image_tokens,
         }
 
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
@@ -122,10 +129,10 @@ class TokenizerTask:
         self._vae = configs.make_part(VaeConfig, "config.model", config.model)
         self.model = image_tokenizer.module(self._vae)
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.picture_batches(self._config, process, processes)
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.picture_batches(self._config, rows)
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         return {"examples": len(batch["images"])}
 
     def totals(self, batch: Batch) -> float:
@@ -166,10 +173,10 @@ class SiglipTask:
         )
         self.model = Functional(lambda rngs: Pair(vision, text, rngs=rngs))
 
-    def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.captioned_batches(self._config, self._text, process, processes)
+    def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.captioned_batches(self._config, self._text, rows)
 
-    def count(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         return {"examples": len(batch["images"])}
 
     def totals(self, batch: Batch) -> float:

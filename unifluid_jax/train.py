@@ -9,10 +9,12 @@ their `opt_state`; `frozen`, the parameters that are not. What is trained, a Uni
 tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
-    1. the last finished checkpoint of the workdir: state and input, bit for bit where it stopped
+    1. the last whole checkpoint of the workdir: state and input, bit for bit where it stopped
     2. the parameters of `config.init_from`, a checkpoint (of `unifluid convert`, or of another run:
        its averages) or an exported UniFluid; adapters of LoRA are fresh
     3. fresh parameters from `config.seed`
+
+SIGTERM saves and ends with exit code 75: give the same command again (docs/running.md).
 """
 
 from pathlib import Path
@@ -20,129 +22,249 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, cli, evals, lora, metrics, optim, sharding, tasks, trees
+from unifluid_jax import (
+    checkpoint,
+    cli,
+    distributed,
+    evals,
+    lora,
+    metrics,
+    nonfinite,
+    observe,
+    optim,
+    preemption,
+    replay,
+    resume,
+    sharding,
+    tasks,
+    trees,
+    watchdog,
+)
 from unifluid_jax import config as configs
-from unifluid_jax.errors import UserError
+from unifluid_jax.errors import Restart, UserError
+from unifluid_jax.evals.base import EvalConfig
 from unifluid_jax.interop import unifluid
+from unifluid_jax.models.functional import Params
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a run in it goes on.", required=True
 )
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "Steps to profile, like 100:105, into WORKDIR/profile (for XProf)."
+)
+_DUMP = flags.DEFINE_bool(
+    "dump_step", False, "Write jaxpr, StableHLO and compiled HLO of the step to WORKDIR/program."
+)
+_REPLAY = flags.DEFINE_integer(
+    "replay", None, "Train nothing; tell what was not finite in this step, whose batch was kept."
+)
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "Join the other processes of a TPU slice, Slurm, GKE or Open MPI job."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Join others by hand: HOST:PORT of process 0 (JAX_COORDINATOR_ADDRESS)."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Their number (JAX_NUM_PROCESSES).")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is (JAX_PROCESS_ID).")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long processes wait for a missing one.")
 
 State = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    profile = observe.profile_window(_PROFILE.value)
+    distributed.start(
+        *(workdir, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
+        *(_MULTIHOST.value, _WAIT.value),
+    )
+    if _REPLAY.value is not None:
+        print(*replay.replay(config, workdir, _REPLAY.value, describe, train_step), sep="\n")
+        return
+    train(config, workdir, profile, _DUMP.value, _WAIT.value)
 
 
-def train(config: ConfigDict, workdir: Path) -> State:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    profile: range = range(0),
+    dump: bool = False,
+    wait: int | float = 300,
+) -> State:
     """Runs `config.train.steps` steps, less those that the workdir has behind it.
+
+    Args:
+        profile: steps to profile.
+        dump: whether to write the step's program to the workdir.
+        wait: seconds that processes wait for each other before the first step.
 
     Returns:
         The last state.
 
     Raises:
-        UserError: the config does not fit itself, its data, or the run that is in the workdir.
+        UserError: the config does not fit itself, its data, or the run that is in the workdir; the
+            disk is full; too many steps were not finite.
+        Restart: SIGTERM has come, and the state is saved.
     """
     # All that can be refused is refused here, before anything is written or compiled.
-    task = tasks.make(config)
+    c, task = config.train, tasks.make(config)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.input.batch_size, config.train.accumulate, mesh)
-    for name in ("steps", "log_every", "checkpoint_every", "keep"):
-        if config.train[name] < 1:
-            raise UserError(f"config.train.{name} is {config.train[name]}: set it to 1 or more")
-    evals.check(config)
-    checkpoint.check_workdir(workdir, config)
+    sharding.check_batch(config.input.batch_size, c.accumulate, mesh)
+    least = dict.fromkeys(("steps", "log_every", "checkpoint_every", "keep"), 1)
+    least |= dict.fromkeys(("keep_every", "max_skipped", "hang_seconds", "hang_exit_seconds"), 0)
+    for name, value in least.items():
+        if c[name] < value:
+            raise UserError(f"config.train.{name} is {c[name]}: set it to {value} or more")
+    evaluations = evals.check(config)
+    evals.check_best(c.keep_best, evaluations)
+    resume.check_workdir(workdir, config)
 
     # The whole state is described first and then built in its place: no device ever holds more
     # than its share.
-    key = jax.random.key(config.seed)
-    params = jax.eval_shape(task.model.init, key)
-    optimizer = optim.make(config.optim, params, config.train.steps)
-    shapes = jax.eval_shape(lambda key: init(config, task, optimizer, key), key)
-    where_params = sharding.shardings(task.model.axes, params, mesh)
-    where = sharding.state_shardings(shapes, where_params, mesh)
-    process, processes = jax.process_index(), jax.process_count()
-    batches = task.batches(process, processes)
+    optimizer, abstract = describe(config, task, mesh)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    rows = sharding.local_rows(mesh, config.input.batch_size)
+    batches = task.batches(rows)
+    distributed.barrier("the first step", wait)
 
-    with checkpoint.Checkpointer(workdir, keep=config.train.keep) as checkpoints:
+    with (
+        checkpoint.Checkpointer(workdir, c.keep, c.keep_every, c.keep_best) as checkpoints,
+        watchdog.Watchdog(
+            workdir, jax.process_index(), c.hang_seconds, c.hang_exit_seconds
+        ) as watching,
+        preemption.Notice() as notice,
+        distributed.peers(),
+    ):
+        first, productive = 0, 0.0
         if checkpoints.latest_step() is not None:
-            restored = checkpoints.restore(sharding.abstract(shapes, where))
+            watching.enter("restore")
+            restored = checkpoints.restore(abstract)
             state, first = restored.state, restored.step
+            productive = restored.meta["productive"]
             batches.set_state(restored.iterator)
         else:
+            watching.enter("init")
             given = {}
             if config.init_from:
-                given = pretrained(config.init_from, sharding.abstract(params, where_params))
+                wanted = trees.join(abstract["params"], abstract["frozen"])
+                given = pretrained(config.init_from, wanted)
             begin = jax.jit(
-                lambda key, given: init(config, task, optimizer, key, given),
+                lambda key, given: fresh(config, optimizer, {**task.model.init(key), **given}),
                 donate_argnums=1,
                 out_shardings=where,
             )
-            state, first = begin(key, given), 0
+            state = begin(jax.random.key(config.seed), given)
             del given
-        meta = {"config": configs.to_json(config)}
-        checkpoint.claim(workdir, config)
+        resume.claim(workdir, config)
+        meter = metrics.Meter(watching.enter, productive, metrics.log_start(workdir, first))
+        guard = nonfinite.Guard(workdir, c.max_skipped, rows)
+        profiler = observe.Profiler(workdir / "profile", profile)
 
-        step_fn = jax.jit(
-            lambda state, batch: train_step(config, task, optimizer, state, batch),
-            donate_argnums=0,
-            out_shardings=(where, sharding.replicated(mesh)),
+        def observed_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
+            stop = batch.pop("stop")
+            state, scalars = train_step(config, task, optimizer, state, batch)
+            return state, {"scalars": scalars, "counts": task.count(batch), "stop": stop.any()}
+
+        step_fn = observe.Program(
+            jax.jit(
+                observed_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
+            ),
+            "step",
+            workdir / "program" if dump else None,
+            compiling=lambda: meter.phase("compile"),
         )
-        meter = metrics.Meter()
         with (
             metrics.Writer(workdir, start_step=first) as writer,
-            metrics.Progress(config.train.steps, first, "training") as progress,
+            metrics.Progress(c.steps, first, "training") as progress,
             # Only explicit transfers: an accidental copy between host and devices would stall
             # every step.
             jax.transfer_guard("disallow"),
         ):
 
-            def report(step: int, scalars: dict[str, jax.Array], speeds: dict[str, float]) -> None:
+            def report(step: int, batch: dict[str, np.ndarray], out: dict[str, Any]) -> bool:
+                """Whether to stop."""
                 # Waits for the step: the host stays one step ahead of the devices and no more.
-                scalars = jax.device_get(scalars)
+                out = jax.device_get(out)
+                profiler.done(step)
+                counts = {name: int(n) for name, n in out["counts"].items()}
+                scalars, speeds = out["scalars"], meter.read(counts)
                 losses = {name: x for name, x in scalars.items() if name.startswith("loss")}
                 progress.update(step, losses, speeds)
-                if step % config.train.log_every == 0 or step == config.train.steps:
-                    writer.scalars(step, scalars | speeds)
+                if step % c.log_every == 0 or step == c.steps:
+                    times = meter.shares() | {"time/compile_seconds": step_fn.seconds}
+                    writer.scalars(step, scalars | speeds | times | observe.memory())
+                guard.check(step, bool(scalars["skipped"]), batch)
+                return bool(out["stop"])
 
-            pending = None
-            for step in range(first + 1, config.train.steps + 1):
-                with meter.waiting():
+            def evaluate(step: int, due: dict[str, EvalConfig]) -> None:
+                with meter.phase("evaluate", step), jax.transfer_guard("allow"):
+                    params = trees.join(state["ema"], state["frozen"])
+                    subject = task.subject(distributed.local(params))
+                    scores, pictures = evals.run(config, subject, due)
+                writer.scalars(step, scores)
+                writer.images(step, pictures)
+                checkpoints.score(step, scores)
+
+            # A run that ended between a save and its evaluation owes it.
+            owed = evals.due(evaluations, first, c.steps) if first else {}
+            if owed and not checkpoints.scored(first):
+                evaluate(first, owed)
+            pending, stop = None, False
+            for step in range(first + 1, c.steps + 1):
+                with meter.phase("input", step):
                     batch = next(batches)
-                state, scalars = step_fn(state, sharding.shard_batch(batch, mesh))
+                asked = np.full(len(rows), notice.requested)
+                with profiler.step(step):
+                    placed = sharding.shard_batch({**batch, "stop": asked}, mesh)
+                    state, out = step_fn(state, placed)
                 # The step just sent off runs while the host reads the metrics of the one before.
                 if pending is not None:
-                    report(*pending)
-                counts = {name: n * processes for name, n in task.count(batch).items()}
-                pending = (step, scalars, meter.read(counts))
-                due = evals.due(config.evals, step, config.train.steps)
-                save = step % config.train.checkpoint_every == 0 or step == config.train.steps
-                if due or save:
-                    report(*pending)
+                    stop = report(*pending)
+                pending = (step, batch, out)
+                checkpoints.check()
+                due = evals.due(evaluations, step, c.steps)
+                if due or stop or step % c.checkpoint_every == 0 or step == c.steps:
+                    stop = report(*pending) or stop
                     pending = None
-                with meter.aside():
-                    if save:
+                    with meter.phase("checkpoint", step):
                         # The iterator's state belongs to this step: it is taken before the next
                         # batch is drawn.
+                        meta = {
+                            "config": configs.to_json(config),
+                            "productive": meter.productive(),
+                        }
                         checkpoints.save(step, state, batches.get_state(), meta)
+                    if stop:
+                        with meter.phase("checkpoint", step):
+                            checkpoints.wait()
+                        raise Restart(f"SIGTERM has come; step {step} of {c.steps} is saved")
                     if due:
-                        with jax.transfer_guard("allow"):
-                            params = trees.join(state["ema"], state["frozen"])
-                            scores, pictures = evals.run(config, task.subject(params), due)
-                        writer.scalars(step, scores)
-                        writer.images(step, pictures)
+                        evaluate(step, due)
+            profiler.close()
+            with meter.phase("checkpoint"):
+                checkpoints.wait()
     return state
 
 
-def pretrained(path: str, params: Any) -> Any:
+def describe(
+    config: ConfigDict, task: tasks.Task, mesh: jax.sharding.Mesh
+) -> tuple[optax.GradientTransformation, State]:
+    """The optimizer, and the state as `jax.ShapeDtypeStruct`s with shardings."""
+    params = jax.eval_shape(task.model.init, jax.random.key(config.seed))
+    optimizer = optim.make(config.optim, params, config.train.steps)
+    placed = sharding.shardings(task.model.axes, params, mesh)
+    shapes = jax.eval_shape(lambda params: fresh(config, optimizer, params), params)
+    return optimizer, sharding.abstract(shapes, sharding.state_shardings(shapes, placed, mesh))
+
+
+def pretrained(path: str, params: Params) -> Params:
     """The parameters of a checkpoint or an exported model, straight onto their devices.
 
     Args:
@@ -152,7 +274,7 @@ def pretrained(path: str, params: Any) -> Any:
         All but LoRA's adapters.
 
     Raises:
-        UserError: there are none at that path, or they are of another model.
+        UserError: there are none at that path, or they are damaged or of another model.
     """
     params = lora.base(params)
     if unifluid.is_folder(Path(path)):
@@ -160,19 +282,9 @@ def pretrained(path: str, params: Any) -> Any:
     return checkpoint.restore_params(path, params, "ema")
 
 
-def init(
-    config: ConfigDict,
-    task: tasks.Task,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    given: Any = None,
-) -> State:
-    """The state before the first step; to be traced.
-
-    Args:
-        given: subtrees of the parameters that are not to be fresh.
-    """
-    params, frozen = optim.split(config.optim, {**task.model.init(key), **(given or {})})
+def fresh(config: ConfigDict, optimizer: optax.GradientTransformation, params: Params) -> State:
+    """The state before the first step, from all parameters; to be traced."""
+    params, frozen = optim.split(config.optim, params)
     return {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -195,7 +307,8 @@ def train_step(
         batch: arrays whose first dimension is the rows of the global batch.
 
     Returns:
-        The next state, and scalars: those of the task's loss, `grad_norm` before clipping, `lr`.
+        The next state, and scalars: those of the task's loss, `grad_norm` before clipping, `lr`,
+        and `skipped`: loss or gradients were not finite, and only `step` has moved.
     """
     rows = len(jax.tree.leaves(batch)[0])
     parts = config.train.accumulate
@@ -226,16 +339,21 @@ def train_step(
 
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
     params = optax.apply_updates(state["params"], updates)
-    scalars |= {
-        "grad_norm": optax.global_norm(grads),
-        "lr": optim.schedule(config.optim, config.train.steps)(state["step"]),
-    }
+    norm = optax.tree.norm(grads)
     ema = optim.ema_update(
         state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
     )
-    step = state["step"] + 1
-    moved = {"step": step, "params": params, "ema": ema, "opt_state": opt_state}
-    return {**moved, "frozen": state["frozen"]}, scalars
+    # One bad batch must not be the end: nothing of it may stay (nonfinite.py counts them).
+    finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(norm)
+    after = {"params": params, "ema": ema, "opt_state": opt_state}
+    before = {name: state[name] for name in after}
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    scalars |= {
+        "grad_norm": norm,
+        "lr": optim.schedule(config.optim, config.train.steps)(state["step"]),
+        "skipped": ~finite,
+    }
+    return {"step": state["step"] + 1, **after, "frozen": state["frozen"]}, scalars
 
 
 if __name__ == "__main__":

@@ -190,6 +190,7 @@ def world():
                 "edit_vision": True,
                 "edit_latents": True,
                 "max_corrupt": 0,
+                "streams": 1,
                 "workers": 0,
                 "mixture": tuple(
                     {"dataset": "toys", "split": "train", "task": task, "weight": weight}

@@ -26,8 +26,8 @@ TASKS = ("caption", "vqa", "generate", "edit")
 SHARES = np.array([1, 2, 2, 1]) / 6  # of the mixture in conftest
 
 
-def batches(world, count, process=0, processes=1):
-    iterator = packed_batches(world.config, world.sequencer, process, processes)
+def batches(world, count, rows=None):
+    iterator = packed_batches(world.config, world.sequencer, rows)
     found = [next(iterator) for _ in range(count)]
     iterator.close()
     return found
@@ -46,8 +46,8 @@ def entries(batch):
     return np.bincount(found[found >= 0], minlength=4)
 
 
-def elements(world, count, process=0, processes=1):
-    iterator = iter(pipeline.sequences(world.config, world.sequencer, process, processes))
+def elements(world, count, stream=0):
+    iterator = iter(pipeline.sequences(world.config, world.sequencer, stream))
     return [next(iterator) for _ in range(count)]
 
 
@@ -138,11 +138,11 @@ def test_a_program_may_end_while_batches_are_being_made(toys, world):
 # Mixture and processes.
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_every_batch_has_the_tasks_in_the_configured_proportions(toys, world, processes):
-    made, total = world(toys), np.zeros(4, int)
-    for process in range(processes):
-        for batch in batches(made, 4, process, processes):
+@pytest.mark.parametrize("streams", [1, 3])
+def test_every_batch_has_the_tasks_in_the_configured_proportions(toys, world, streams):
+    made, total = world(toys, streams=streams), np.zeros(4, int)
+    for rows in ([0, 1, 2],) if streams == 1 else ([0], [1], [2]):
+        for batch in batches(made, 4, rows):
             counts = entries(batch)
             total += counts
             assert counts.min() >= 1
@@ -159,29 +159,45 @@ def test_an_entry_is_made_into_sequences_of_its_own_task(toys, world):
         assert bool(len(segment.images)) == (task != "generate")
 
 
-def test_processes_read_disjoint_shares_that_make_up_the_whole(toys, world):
-    made = world(toys)
+def test_streams_read_disjoint_shares_that_make_up_the_whole(toys, world):
+    made = world(toys, streams=3)
     seen = {task: [] for task in TASKS}
-    for process in range(3):
-        for element in elements(made, 24, process, 3):
+    for stream in range(3):
+        for element in elements(made, 24, stream):
             entry, index = element["example_id"][0].tolist()
             seen[TASKS[entry]].append(index)
-    # 24 elements of each process are 8 of vqa and of generate, 4 of the others.
+    # 24 elements of each stream are 8 of vqa and of generate, 4 of the others.
     assert sorted(seen["generate"]) == list(range(24))
     for task, count in {"caption": 12, "edit": 12}.items():
         assert len(seen[task]) == len(set(seen[task])) == count
     questions = Records("toys", "train", toys).with_task("vqa").tolist()
     assert len(questions) == 16
-    # One epoch has 16, six for the first process and five each for the others.
+    # One epoch has 16, six for the first stream and five each for the others.
     counts = [seen["vqa"].count(i) for i in questions]
     assert sum(counts) == 24 and min(counts) >= 1 and max(counts) <= 2
 
 
-def test_rows_are_shared_by_the_processes(toys, world):
-    made = world(toys, batch_size=4)
-    (one,), (other,) = (batches(made, 1, process, 2) for process in (0, 1))
-    assert one["tokens"].shape == other["tokens"].shape == (2, 128)
-    assert not np.array_equal(one["tokens"], other["tokens"])
+def test_batches_do_not_depend_on_who_holds_which_rows(toys, world):
+    """Also when that changes on the way: one process, then two, then four, then one."""
+    made = world(toys, batch_size=8, streams=4)
+    whole = batches(made, 4)
+    assert len({rows.tobytes() for rows in whole[0]["tokens"].reshape(4, 2, -1)}) == 4
+    state, places = (
+        None,
+        ([range(8)], [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    )
+    for step, shares in enumerate((*places, [range(8)])):
+        states = {}
+        for rows in shares:
+            iterator = packed_batches(made.config, made.sequencer, rows)
+            if state is not None:
+                iterator.set_state(state)
+            expected = {name: array[np.asarray(rows)] for name, array in whole[step].items()}
+            assert_same([next(iterator)], [expected])
+            states |= json.loads(json.dumps(iterator.get_state()))
+            iterator.close()
+        state = states
+        assert state.keys() == {"0", "1", "2", "3"}
 
 
 def test_a_weight_of_zero_switches_an_entry_off(toys, world):
@@ -445,14 +461,21 @@ def test_configs_that_cannot_be_are_refused_before_the_first_batch(toys, world, 
         packed_batches(made.config, made.sequencer)
 
 
-def test_rows_that_do_not_divide_among_the_processes(toys, world):
-    made = world(toys)
-    message = "batch_size=3 rows do not divide among 2 processes"
+def test_streams_that_do_not_fit_the_rows(toys, world):
+    for options in ({"streams": 2}, {"streams": 0}):
+        made = world(toys, **options)
+        message = "batch_size=3 rows do not divide among config.input.streams=[02]"
+        with pytest.raises(UserError, match=message):
+            packed_batches(made.config, made.sequencer)
+        made = world(toys, image_size=16, flip=False, shift=0, **options)
+        with pytest.raises(UserError, match=message):
+            picture_batches(made.config)
+    made = world(toys, batch_size=4)
+    message = (
+        "holds 2 of 4 rows, which is no whole number of config.input.streams=1: set it to a mul"
+    )
     with pytest.raises(UserError, match=message):
-        packed_batches(made.config, made.sequencer, 0, 2)
-    made = world(toys, image_size=16, flip=False, shift=0)
-    with pytest.raises(UserError, match=message):
-        picture_batches(made.config, 1, 2)
+        packed_batches(made.config, made.sequencer, [0, 1])
 
 
 def test_a_part_without_anything_for_its_task(toys, world):
@@ -540,8 +563,8 @@ def test_evaluation_names_a_broken_picture(damaged, world):
 # Plain pictures.
 
 
-def pictures(world, count, process=0, processes=1):
-    iterator = picture_batches(world.config, process, processes)
+def pictures(world, count, rows=None):
+    iterator = picture_batches(world.config, rows)
     found = [next(iterator)["images"] for _ in range(count)]
     iterator.close()
     return np.concatenate(found)
@@ -556,7 +579,8 @@ def test_pictures_for_an_image_tokenizer(toys, world):
     assert sorted(values[:24] % 100) == sorted(values[24:] % 100) == list(range(24))
     assert 12 < np.count_nonzero(values >= 100) < 36  # either picture of a record
     np.testing.assert_array_equal(images, pictures(made, 4))
-    halves = [pictures(made, 2, process, 2) for process in (0, 1)]
+    made.config.input.streams = 2
+    halves = [pictures(made, 2, rows) for rows in (range(6), range(6, 12))]
     assert [len(half) for half in halves] == [12, 12]
     assert sorted(np.concatenate(halves)[:, 0, 0, 0] % 100) == list(range(24))
 

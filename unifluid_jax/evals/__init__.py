@@ -59,6 +59,21 @@ def check(config: ConfigDict) -> dict[str, EvalConfig]:
     return checked
 
 
+def check_best(score: str, evals: Mapping[str, EvalConfig]) -> None:
+    """Makes sure that `config.train.keep_best` can be one of the scores of a run.
+
+    Raises:
+        UserError: no evaluation during training has such a name.
+    """
+    known = [name for name, c in evals.items() if c.every]
+    name, slash, _ = score.removeprefix("-").partition("/")
+    if score and not (slash and name in known):
+        raise UserError(
+            f'config.train.keep_best is "{score}": give EVALUATION/SCORE, of an evaluation with '
+            f'"every" above 0{nearest(name, known)}'
+        )
+
+
 def _make(name: str, fields: ConfigDict) -> EvalConfig:
     fields = fields.to_dict()
     kind = fields.get("type", "")
@@ -77,11 +92,10 @@ def _make(name: str, fields: ConfigDict) -> EvalConfig:
     return TYPES[kind].Config(**fields)
 
 
-def due(evals: ConfigDict, step: int, steps: int) -> dict[str, EvalConfig]:
-    """The evaluations that training does after this step of `steps`."""
-    made = {name: _make(name, fields) for name, fields in evals.items()}
+def due(evals: Mapping[str, EvalConfig], step: int, steps: int) -> dict[str, EvalConfig]:
+    """Those that training does after this step of `steps`."""
     return {
-        name: c for name, c in made.items() if c.every and (step % c.every == 0 or step == steps)
+        name: c for name, c in evals.items() if c.every and (step % c.every == 0 or step == steps)
     }
 
 

@@ -1,10 +1,15 @@
 """Grain pipelines: mixtures of records to packed batches; plain pictures for image tokenizers.
 
-Order of things: every entry of the mixture is shuffled, repeated, dealt to the processes and mixed,
-all by index; worker processes only map an index to an element, and Grain restores the order; what
-turns out to be unusable travels as `Skipped` and is dropped in the main process, where packing and
+Order of things: every entry of the mixture is shuffled, repeated, dealt to streams and mixed, all
+by index; worker processes only map an index to an element, and Grain restores the order; what turns
+out to be unusable travels as `Skipped` and is dropped in the main process, where packing and
 batching happen. So the seed alone fixes the batches, whatever the number of workers, and a position
-in them is one index.
+in them is one index a stream.
+
+The global batch is made of `config.input.streams` equal parts, stream i giving the i-th. Every
+stream reads and packs on its own, and a process opens those whose rows it holds. So the batches do
+not depend on the number of processes either: it may change with every restart, up to one process a
+stream.
 
 Letters: L positions of a packed row, B rows, I pictures of a row, E examples of a row.
 """
@@ -58,22 +63,27 @@ class Skipped:
 
 
 def packed_batches(
-    config: ConfigDict, sequencer: Sequencer, process: int = 0, processes: int = 1
+    config: ConfigDict, sequencer: Sequencer, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """This process's packed batches, endless; `get_state` and `set_state` hold the position.
+    """Packed batches, endless.
+
+    `get_state` gives {stream: position}; `set_state` takes these of all streams or of more than are
+    needed here.
 
     Each batch is a dict: the fields of `sequence.Sequence` as [B, L, ...], `images` uint8
     [B, I, H, W, 3], `segment` [B, L] (1, 2, ... in a row, 0 for padding) and `example_id` [B, E, 2]
     (mixture entry and record index of the row's segments, in their order; -1 for none).
 
-    A batch holds a contiguous part of the mixture, so its tasks have the configured proportions.
+    A stream's part of a batch is a contiguous part of its mixture, so the tasks have the configured
+    proportions.
 
     Args:
-        process, processes: which share of the examples to read, of how many.
+        rows: of the global batch, those that this process holds; all by default.
 
     Raises:
-        UserError: the mixture is empty or names unknown data, or an example can exceed a row; from
-            the iterator: too many records are corrupt, or none can be used.
+        UserError: the mixture is empty or names unknown data, an example can exceed a row, or the
+            streams do not fit the rows; from the iterator: too many records are corrupt, or none
+            can be used.
     """
     c = config.input
     lengths = {name: c.seq_len for name in FIELDS}
@@ -83,23 +93,30 @@ def packed_batches(
         "text_slots": c.max_text_targets,
         "image_slots": c.max_image_targets,
     }
-    rows = _share(c.batch_size, processes)
-    dataset = grain_experimental.BestFitPackIterDataset(
-        sequences(config, sequencer, process, processes),
-        length_struct=lengths,
-        num_packing_bins=rows,
-        shuffle_bins=False,
-        # All arrays of an example lie alike: segment ids of one of them will do.
-        meta_features=[name for name in lengths if name != "tokens"],
-        padding_struct={name: _PADDING.get(name, 0) for name in lengths},
-    )
-    return _Ahead(iter(dataset.batch(rows).map(_finished)))
+    numbers, height = _streams(config, rows)
+    made = {}
+    for number in numbers:
+        dataset = grain_experimental.BestFitPackIterDataset(
+            sequences(config, sequencer, number, len(numbers)),
+            length_struct=lengths,
+            num_packing_bins=height,
+            shuffle_bins=False,
+            # All arrays of an example lie alike: segment ids of one of them will do.
+            meta_features=[name for name in lengths if name != "tokens"],
+            padding_struct={name: _PADDING.get(name, 0) for name in lengths},
+        )
+        made[number] = iter(dataset.batch(height).map(_finished))
+    return _Ahead(_Joined(made))
 
 
 def sequences(
-    config: ConfigDict, sequencer: Sequencer, process: int = 0, processes: int = 1
+    config: ConfigDict, sequencer: Sequencer, stream: int = 0, local: int = 1
 ) -> grain.IterDataset:
-    """The endless mixture before packing: of each example the arrays that the packer is to join.
+    """A stream's endless mixture before packing: of each example the arrays that are to be joined.
+
+    Args:
+        stream: which one of `config.input.streams`.
+        local: how many of them this process reads, which share its workers.
 
     Raises:
         UserError: as `packed_batches`.
@@ -123,40 +140,38 @@ def sequences(
             latents = LatentCache(records, config.data_dir, sequencer.fingerprint)
         to_sequence = _ToSequence(number, task, records, latents, sequencer)
         maps.append((records.with_task(task), to_sequence))
-    return _elements(config, maps, process, processes)
+    return _elements(config, maps, stream, local)
 
 
-def picture_batches(
-    config: ConfigDict, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
+def picture_batches(config: ConfigDict, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
     """Batches {"images": uint8 [B, H, W, 3]} of random pictures of records, for an image tokenizer.
 
     Each record is drawn equally often, with one of its pictures at random. `config.input` has
     `image_size`; `flip`, whether to mirror half of the pictures; `shift`, by how many pixels at
-    most to move them, the edge repeated.
+    most to move them, the edge repeated. Rows and positions are those of `packed_batches`.
 
     Raises:
-        UserError: the mixture is empty or names unknown data.
+        UserError: the mixture is empty or names unknown data, or the streams do not fit the rows.
     """
     maps = []
     for entry in mixture(config):
         fields = json.dumps(entry.get("fields"))
         records = _open_records(config.data_dir, entry["dataset"], entry["split"], fields)
         maps.append((np.arange(len(records)), _ToPicture(records, config.input)))
-    dataset = _elements(config, maps, process, processes)
-    return _Ahead(iter(dataset.batch(_share(config.input.batch_size, processes))))
+    return _in_streams(config, maps, rows)
 
 
 def captioned_batches(
-    config: ConfigDict, text: TextTokenizer, process: int = 0, processes: int = 1
+    config: ConfigDict, text: TextTokenizer, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
     """Batches of random pictures with a caption each: for a SigLIP.
 
     `images` uint8 [B, H, W, 3] and `tokens` int32 [B, T], the caption and EOS, cut or padded to
-    `config.model.text.tokens`. `config.input` as for `picture_batches`.
+    `config.model.text.tokens`. `config.input`, rows and positions as for `picture_batches`.
 
     Raises:
-        UserError: the mixture is empty, names unknown data, or has no captions.
+        UserError: the mixture is empty, names unknown data, or has no captions; or the streams do
+            not fit the rows.
     """
     maps = []
     for entry in mixture(config):
@@ -164,8 +179,7 @@ def captioned_batches(
         records = _open_records(config.data_dir, entry["dataset"], entry["split"], fields)
         captioned = _ToCaptioned(records, config.input, text, config.model.text.tokens)
         maps.append((records.with_task("caption"), captioned))
-    dataset = _elements(config, maps, process, processes)
-    return _Ahead(iter(dataset.batch(_share(config.input.batch_size, processes))))
+    return _in_streams(config, maps, rows)
 
 
 def mixture(config: ConfigDict) -> list[Mapping[str, Any]]:
@@ -328,21 +342,43 @@ def _open_records(data_dir: str, dataset: str, split: str, fields: str) -> Recor
     return Records(dataset, split, data_dir, json.loads(fields))
 
 
-def _share(batch_size: int, processes: int) -> int:
-    if batch_size % processes:
+def _streams(config: ConfigDict, rows: Sequence[int] | None) -> tuple[list[int], int]:
+    """The streams whose rows these are, and the rows of one stream."""
+    c = config.input
+    if c.streams < 1 or c.batch_size % c.streams:
         raise UserError(
-            f"config.input.batch_size={batch_size} rows do not divide among {processes} processes"
+            f"config.input.batch_size={c.batch_size} rows do not divide among"
+            f" config.input.streams={c.streams}"
         )
-    return batch_size // processes
+    height = c.batch_size // c.streams
+    rows = range(c.batch_size) if rows is None else rows
+    numbers = sorted({row // height for row in rows})
+    if len(rows) != len(numbers) * height:
+        raise UserError(
+            f"this process holds {len(rows)} of {c.batch_size} rows, which is no whole number of"
+            f" config.input.streams={c.streams}: set it to a multiple of the number of processes"
+        )
+    return numbers, height
+
+
+def _in_streams(
+    config: ConfigDict,
+    maps: Sequence[tuple[Int[np.ndarray, "..."], Callable]],
+    rows: Sequence[int] | None,
+) -> grain.DatasetIterator:
+    """Batches of elements that need no packing; see `_elements`."""
+    numbers, height = _streams(config, rows)
+    made = {i: iter(_elements(config, maps, i, len(numbers)).batch(height)) for i in numbers}
+    return _Ahead(_Joined(made))
 
 
 def _elements(
     config: ConfigDict,
     maps: Sequence[tuple[Int[np.ndarray, "..."], Callable]],
-    process: int,
-    processes: int,
+    stream: int,
+    local: int,
 ) -> grain.IterDataset:
-    """The endless mixture of elements: for each entry, its record indices and what maps them."""
+    """A stream's endless elements: for each entry, its record indices and what maps them."""
     parts, entries = [], mixture(config)
     for number, (indices, function) in enumerate(maps):
         if not len(indices):
@@ -351,10 +387,11 @@ def _elements(
             )
         seed = int(np.random.SeedSequence((config.seed, number)).generate_state(1)[0])
         part = grain.MapDataset.source(indices).seed(seed).shuffle().repeat().random_map(function)
-        # Dealt before mixing: a stride over the mixture could leave a process without some task.
-        parts.append(part[process::processes])
+        # Dealt before mixing: a stride over the mixture could leave a stream without some task.
+        parts.append(part[stream :: config.input.streams])
     mixed = grain.MapDataset.mix(parts, weights=[float(entry["weight"]) for entry in entries])
-    return _Usable(mixed, config.input.workers, config.input.max_corrupt)
+    workers = -(-config.input.workers // local)  # rounded up: none is left without
+    return _Usable(mixed, workers, config.input.max_corrupt)
 
 
 class _Usable(grain.IterDataset):
@@ -445,6 +482,32 @@ class _UsableIterator(grain.DatasetIterator):
         if self._stream is not None:
             self._stream.close()
         self._stream = None
+
+
+class _Joined(grain.DatasetIterator):
+    """The rows of some streams, one below the other."""
+
+    def __init__(self, streams: Mapping[int, grain.DatasetIterator]):
+        super().__init__()
+        self._streams = streams
+
+    def __next__(self) -> Batch:
+        parts = [next(stream) for stream in self._streams.values()]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(number): stream.get_state() for number, stream in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for number, stream in self._streams.items():
+            stream.set_state(state[str(number)])
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+        super().close()
 
 
 class _Ahead(grain_experimental.ThreadPrefetchDatasetIterator):

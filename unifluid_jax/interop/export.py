@@ -57,10 +57,11 @@ class Stored:
 
     def __init__(self, folder: epath.Path, which: str, alpha: float | None = None):
         self.path, self._alpha = folder, alpha
-        sources = [
-            orbax.OrbaxSource(Path(part), key) for part, key in parameter_folders(folder, which)
+        self._sources = [
+            (orbax.OrbaxSource(Path(part), key), leaves)
+            for part, key, leaves in parameter_folders(folder, which)
         ]
-        self._source = {name: source for source in sources for name in source.leaves}
+        self._source = {name: source for source, _ in self._sources for name in source.leaves}
         self._adapters = {
             name: source.leaves[name]
             for name, source in self._source.items()
@@ -73,6 +74,15 @@ class Stored:
         }
         if self._adapters and alpha is None:
             raise UserError(f"checkpoint {folder} has LoRA's adapters, its config has no lora")
+
+    def check(self) -> None:
+        """Reads everything once, and compares it with what was saved.
+
+        Raises:
+            UserError: something differs.
+        """
+        for source, leaves in self._sources:
+            source.check(leaves)
 
     def where(self, name: str) -> str:
         return str(self.path)
@@ -130,6 +140,7 @@ def convert(
         )
     alpha = config.lora.alpha if "lora" in config else None
     source = Stored(folder, which, alpha)
+    source.check()
     with finished(out) as partial:
         if to == "unifluid":
             if vocabulary is not None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, image_tokenizer, interop, trees
+from unifluid_jax import checkpoint, checksums, image_tokenizer, interop, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop import files, safetensors, transfer, vae_sizes
@@ -195,13 +195,8 @@ def write(
     }
     total = sum(fitted.nbytes for _, fitted in fits.values())
 
-    with checkpoint.Checkpointer(workdir, keep=1) as checkpoints:
-        checkpoints.save(0, {"params": {}, "step": np.zeros((), np.int32)}, {}, meta)
-    folder, _ = checkpoint.locate(workdir, 0)
-    state = Path(folder) / "state"
-    shutil.rmtree(state)
     stored = {f"params/{path}": leaf for path, leaf in written.items()}
-    with OrbaxSink(state, stored) as sink:
+    with OrbaxSink(workdir / "state", stored) as sink:
         for prefix, fitted in fits.values():
             transfer.bring_in(
                 fitted,
@@ -218,6 +213,9 @@ def write(
         for path, x in _initialised(model, seed, {path: leaves[path] for path in fresh}):
             x = transfer.cast(x, written[path].dtype, path)
             sink.write(Span(f"params/{path}"), x)
+    sums = {path: [checksums.kind(leaf), sink.sums[path]] for path, leaf in stored.items()}
+    with checkpoint.Checkpointer(workdir, keep=1) as checkpoints:
+        checkpoints.adopt(0, workdir / "state", sums, meta)
     parts = [
         Part(
             name,

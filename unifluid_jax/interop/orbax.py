@@ -7,8 +7,9 @@ their place, so that everything but the arrays is of its making.
 
 import contextlib
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from absl import logging
 
-from unifluid_jax import trees
+from unifluid_jax import checksums, trees
 from unifluid_jax.errors import UserError
-from unifluid_jax.interop.rules import PIECE, Leaf, Span, even_step
+from unifluid_jax.interop.rules import PIECE, Leaf, Span, even_step, split
 
 # No cache, one copy at a time: a span costs its own size.
 _CONTEXT = tensorstore.Context(
@@ -67,6 +68,26 @@ class OrbaxSource:
             raise UserError(f'{folder} has nothing below "{below}"')
         self._open: tuple[str, Any] = ("", None)
 
+    def check(self, leaves: Mapping[str, Sequence[Any]]) -> None:
+        """Reads everything once, a span at a time, and compares it with what was saved.
+
+        Args:
+            leaves: [kind, checksum] by name.
+
+        Raises:
+            UserError: something differs.
+        """
+        for name, (kind, wanted) in leaves.items():
+            leaf = self.leaves.get(name)
+            found = 0
+            if leaf is not None and checksums.kind(leaf) == kind:
+                stacked = len(leaf.shape) > 2 and leaf.nbytes > PIECE
+                for at, rows in split(leaf, stacked):
+                    span = Span(name, at, rows)
+                    found += checksums.part(self.read(span), _start(leaf, span))
+            if leaf is None or found % 2**32 != wanted:
+                raise UserError(f"{self.path} is damaged at {name} (checksums differ)")
+
     def where(self, name: str) -> str:
         return str(self.path)
 
@@ -97,6 +118,14 @@ class OrbaxSource:
             raise UserError(f"{self.path} is damaged at {name} ({reason})") from error
 
 
+def _start(leaf: Leaf, span: Span) -> int:
+    """Index of a span's first number in the whole tensor."""
+    first = 0
+    for axis, index in enumerate((*span.at, *(span.rows or ())[:1])):
+        first += index * math.prod(leaf.shape[axis + 1 :])
+    return first
+
+
 def _walk(tree: Any, keys: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     """Key paths and array metadata; keys may hold "/" themselves."""
     if isinstance(tree, Mapping):
@@ -110,10 +139,14 @@ class OrbaxSink:
     Args:
         folder: does not exist.
         leaves: what is to be written, by path.
+
+    Attributes:
+        sums: checksums of what was written, by path.
     """
 
     def __init__(self, folder: Path, leaves: Mapping[str, Leaf]):
         self.leaves = dict(leaves)
+        self.sums = dict.fromkeys(leaves, 0)
         self._left = {name: leaf.nbytes for name, leaf in leaves.items()}
         self._folder = folder
         self._open: tuple[str, Any] = ("", None)
@@ -152,6 +185,8 @@ class OrbaxSink:
             array = array[slice(*span.rows)]
         array.write(np.ascontiguousarray(x)).result()
         self._left[span.name] -= x.nbytes
+        added = checksums.part(x, _start(leaf, span))
+        self.sums[span.name] = (self.sums[span.name] + added) % 2**32
 
     def _array(self, name: str, create: bool = False) -> Any:
         path = self._folder.resolve() / name.replace("/", ".")
