@@ -7,7 +7,6 @@ run kept of it, and tells what is not finite in parameters, batch, loss and grad
 operation that makes such a number. Writes nothing.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,11 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, nonfinite, sharding, tasks, trees
 from unifluid_jax.errors import UserError
+from unifluid_jax.step import describe, train_step
 
 
-def replay(
-    config: ConfigDict, workdir: Path, step: int, describe: Callable, train_step: Callable
-) -> list[str]:
+def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     """What is not finite in a step, in lines to be read.
-
-    Args:
-        describe, train_step: of the trainer.
 
     Raises:
         UserError: the batch of the step was not kept, or no checkpoint before it is left.
