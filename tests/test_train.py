@@ -163,7 +163,6 @@ def test_muon_cut_over_devices_and_in_parts_is_the_same(world):
     assert not other.moved["params"]["head"]["cond_in"]["kernel"].sharding.is_fully_replicated
     for a, b in zip(wanted, states, strict=True):
         for name, leaf in trees.flatten(a).items():
-            # Newton-Schulz in bfloat16 would not: optax runs it in the momentum's float32.
             np.testing.assert_allclose(
                 leaf, trees.flatten(b)[name], atol=1e-4, rtol=1e-4, err_msg=name
             )
