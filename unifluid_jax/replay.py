@@ -4,7 +4,7 @@
 
 Goes from the last checkpoint before the step to the step as the run did, takes the batch that the
 run kept of it, and tells what is not finite in parameters, batch, loss and gradients, and the first
-operation that makes such a number. Writes nothing.
+operation that makes such a number. Not while the run goes on: unfinished checkpoints are removed.
 """
 
 from pathlib import Path
