@@ -97,7 +97,10 @@ def test_overrides_also_hold_for_a_stored_config(program):
         (["say", "--config=config.py", "--sise=3"], 'unknown flag --sise (did you mean "size"?)'),
         (["say", "--config=config.py", "--size=x"], "flag --size=x"),
         (["say", "--config=config.py", "--size"], "Missing value for flag --size"),
-        (["shout"], 'unknown command "shout" (known: again, bug, full, interrupt, mistake, say); usage: '),
+        (
+            ["shout"],
+            'unknown command "shout" (known: again, bug, full, interrupt, mistake',
+        ),
         ([], "say|bug|interrupt|mistake|full|again is missing; usage: "),
         (["mistake"], "error: a mistake"),
         (["full"], "error: cannot write: No space left on device"),

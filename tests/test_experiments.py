@@ -146,7 +146,8 @@ def test_the_parts_of_the_trainer_accept_it(name, arg, tokenizer_files):
     sharding.check_batch(config.input.batch_size, config.train.accumulate, mesh)
     sharding.shardings(task.model.axes, shapes, mesh)
     # "every" of all evaluations divides the last step.
-    assert set(evals.due(config.evals, 0, 1)) == {n for n, e in config.evals.items() if e["every"]}
+    made = {name: evals._make(name, fields) for name, fields in config.evals.items()}
+    assert set(evals.due(made, 0, 1)) == {n for n, e in config.evals.items() if e["every"]}
     assert config.evals and pipeline.mixture(config)
     for field in ("log_every", "checkpoint_every", "keep"):
         assert config.train[field] > 0

@@ -1,5 +1,6 @@
 import os
 
+import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict

@@ -41,7 +41,7 @@ class Stepper:
         self.where = jax.tree.map(lambda x: x.sharding, abstract)
 
         def init(key):
-            return train.fresh(config, optimizer, self.task.model.init(key))
+            return train.init(config, self.task, optimizer, key)
 
         if start is None:
             start = jax.jit(init, out_shardings=self.where)(jax.random.key(config.seed))
@@ -163,7 +163,6 @@ def test_muon_cut_over_devices_and_in_parts_is_the_same(world):
     assert not other.moved["params"]["head"]["cond_in"]["kernel"].sharding.is_fully_replicated
     for a, b in zip(wanted, states, strict=True):
         for name, leaf in trees.flatten(a).items():
-            # Newton-Schulz in bfloat16 would not: optax runs it in the momentum's float32.
             np.testing.assert_allclose(
                 leaf, trees.flatten(b)[name], atol=1e-4, rtol=1e-4, err_msg=name
             )
@@ -519,13 +518,13 @@ def test_a_step_that_is_not_finite_is_passed_over_or_ends_the_run(world, program
     # What was spoilt on the way to the devices is fine in the file: spoil it there.
     (file,) = (workdir / "nonfinite").iterdir()
     np.savez(file, **spoil(np.load(file)))
-    text = "\n".join(replay.replay(config, workdir, 6, train.describe, train.train_step))
+    text = "\n".join(replay.replay(config, workdir, 6))
     assert text.startswith("step 6, 2 after the checkpoint of step 4")
     assert "the input gives another batch today: latent_mean differ" in text
     assert "parameters: all finite" in text and "the batch: not finite\n  latent_mean: " in text
     assert "gradients: not finite\n" in text and "first: invalid value (nan)" in text
     with pytest.raises(UserError, match="no batch of step 5 in .*: it has .6."):
-        replay.replay(config, workdir, 5, train.describe, train.train_step)
+        replay.replay(config, workdir, 5)
 
 
 def test_a_score_that_a_killed_run_owes_is_made_up_for(world, programs, tmp_path):

@@ -4,10 +4,9 @@
 
 Goes from the last checkpoint before the step to the step as the run did, takes the batch that the
 run kept of it, and tells what is not finite in parameters, batch, loss and gradients, and the first
-operation that makes such a number. Writes nothing.
+operation that makes such a number. Not while the run goes on: unfinished checkpoints are removed.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,11 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, nonfinite, sharding, tasks, trees
 from unifluid_jax.errors import UserError
+from unifluid_jax.step import describe, train_step
 
 
-def replay(
-    config: ConfigDict, workdir: Path, step: int, describe: Callable, train_step: Callable
-) -> list[str]:
+def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     """What is not finite in a step, in lines to be read.
-
-    Args:
-        describe, train_step: of the trainer.
 
     Raises:
         UserError: the batch of the step was not kept, or no checkpoint before it is left.
@@ -61,19 +56,18 @@ def replay(
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
 
     @jax.jit
-    def gradient(params: Any) -> Any:
+    def gradient(params: Any, frozen: Any) -> Any:
         def loss(params: Any) -> Any:
-            whole = trees.join(params, state["frozen"])
-            return task.loss(whole, batch, key_B, task.totals(batch))
+            return task.loss(trees.join(params, frozen), batch, key_B, task.totals(batch))
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    (_, scalars), grads = gradient(state["params"])
+    (_, scalars), grads = gradient(state["params"], state["frozen"])
     lines += [f"{name} = {float(x):.6g}" for name, x in scalars.items()]
     lines += _listed("gradients", grads)
     try:
         with jax.debug_nans(True), jax.debug_infs(True):
-            gradient(state["params"])
+            gradient(state["params"], state["frozen"])
         lines.append("no operation made a NaN or an infinity")
     except FloatingPointError as error:
         lines.append("first: " + " ".join(str(error).split("\n")[0].split()))

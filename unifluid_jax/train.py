@@ -3,10 +3,8 @@
     unifluid train --config=experiments/quickstart.py --workdir=runs/quickstart
     unifluid train --config=experiments/quickstart.py:debug --workdir=runs/debug
 
-One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars); the state
-is a dict of pytrees: `step`; `params`, the parameters that are trained, their average `ema` and
-their `opt_state`; `frozen`, the parameters that are not. What is trained, a UniFluid or an image
-tokenizer, is a `Task` (tasks.py).
+One page, top to bottom. The step is a pure function (state, batch) -> (state, scalars) (step.py);
+what is trained, a UniFluid or an image tokenizer, is a `Task` (tasks.py).
 
 Where the first state comes from, first match wins:
     1. the last whole checkpoint of the workdir: state and input, bit for bit where it stopped
@@ -21,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -36,7 +32,6 @@ from unifluid_jax import (
     metrics,
     nonfinite,
     observe,
-    optim,
     preemption,
     replay,
     resume,
@@ -50,6 +45,7 @@ from unifluid_jax.errors import Restart, UserError
 from unifluid_jax.evals.base import EvalConfig
 from unifluid_jax.interop import unifluid
 from unifluid_jax.models.functional import Params
+from unifluid_jax.step import State, describe, init, train_step
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -74,8 +70,6 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "Their number (JAX_NUM_PROC
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is (JAX_PROCESS_ID).")
 _WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long processes wait for a missing one.")
 
-State = dict[str, Any]
-
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
@@ -86,7 +80,7 @@ def main(argv: list[str]) -> None:
         *(_MULTIHOST.value, _WAIT.value),
     )
     if _REPLAY.value is not None:
-        print(*replay.replay(config, workdir, _REPLAY.value, describe, train_step), sep="\n")
+        print(*replay.replay(config, workdir, _REPLAY.value), sep="\n")
         return
     train(config, workdir, profile, _DUMP.value, _WAIT.value)
 
@@ -156,7 +150,7 @@ def train(
                 wanted = trees.join(abstract["params"], abstract["frozen"])
                 given = pretrained(config.init_from, wanted)
             begin = jax.jit(
-                lambda key, given: fresh(config, optimizer, {**task.model.init(key), **given}),
+                lambda key, given: init(config, task, optimizer, key, given),
                 donate_argnums=1,
                 out_shardings=where,
             )
@@ -253,17 +247,6 @@ def train(
     return state
 
 
-def describe(
-    config: ConfigDict, task: tasks.Task, mesh: jax.sharding.Mesh
-) -> tuple[optax.GradientTransformation, State]:
-    """The optimizer, and the state as `jax.ShapeDtypeStruct`s with shardings."""
-    params = jax.eval_shape(task.model.init, jax.random.key(config.seed))
-    optimizer = optim.make(config.optim, params, config.train.steps)
-    placed = sharding.shardings(task.model.axes, params, mesh)
-    shapes = jax.eval_shape(lambda params: fresh(config, optimizer, params), params)
-    return optimizer, sharding.abstract(shapes, sharding.state_shardings(shapes, placed, mesh))
-
-
 def pretrained(path: str, params: Params) -> Params:
     """The parameters of a checkpoint or an exported model, straight onto their devices.
 
@@ -280,80 +263,6 @@ def pretrained(path: str, params: Params) -> Params:
     if unifluid.is_folder(Path(path)):
         return unifluid.read_params(Path(path), params)
     return checkpoint.restore_params(path, params, "ema")
-
-
-def fresh(config: ConfigDict, optimizer: optax.GradientTransformation, params: Params) -> State:
-    """The state before the first step, from all parameters; to be traced."""
-    params, frozen = optim.split(config.optim, params)
-    return {
-        "step": jnp.zeros((), jnp.int32),
-        "params": params,
-        "frozen": frozen,
-        "ema": jax.tree.map(jnp.copy, params),
-        "opt_state": optimizer.init(params),
-    }
-
-
-def train_step(
-    config: ConfigDict,
-    task: tasks.Task,
-    optimizer: optax.GradientTransformation,
-    state: State,
-    batch: dict[str, jax.Array],
-) -> tuple[State, dict[str, jax.Array]]:
-    """One update of parameters, moments and EMA; to be traced.
-
-    Args:
-        batch: arrays whose first dimension is the rows of the global batch.
-
-    Returns:
-        The next state, and scalars: those of the task's loss, `grad_norm` before clipping, `lr`,
-        and `skipped`: loss or gradients were not finite, and only `step` has moved.
-    """
-    rows = len(jax.tree.leaves(batch)[0])
-    parts = config.train.accumulate
-    key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    total = task.totals(batch)
-
-    def loss(params, batch, key_B):
-        return task.loss(trees.join(params, state["frozen"]), batch, key_B, total)
-
-    gradient = jax.grad(loss, has_aux=True)
-    if parts == 1:
-        grads, scalars = gradient(state["params"], batch, key_B)
-    else:
-        # Part i takes rows i, i + parts, ...: every device keeps its share of each part.
-        cut = jax.tree.map(
-            lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), (batch, key_B)
-        )
-
-        def add(sums, part):
-            return jax.tree.map(jnp.add, sums, gradient(state["params"], *part)), None
-
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(gradient, state["params"], *jax.tree.map(lambda x: x[0], cut)),
-        )
-        (grads, scalars), _ = jax.lax.scan(add, zeros, cut)
-
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    norm = optax.tree.norm(grads)
-    ema = optim.ema_update(
-        state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
-    )
-    # One bad batch must not be the end: nothing of it may stay (nonfinite.py counts them).
-    finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(norm)
-    after = {"params": params, "ema": ema, "opt_state": opt_state}
-    before = {name: state[name] for name in after}
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-    scalars |= {
-        "grad_norm": norm,
-        "lr": optim.schedule(config.optim, config.train.steps)(state["step"]),
-        "skipped": ~finite,
-    }
-    return {"step": state["step"] + 1, **after, "frozen": state["frozen"]}, scalars
 
 
 if __name__ == "__main__":

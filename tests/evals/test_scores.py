@@ -357,11 +357,12 @@ def test_an_unknown_split_is_named(config):
 
 def test_due_is_every_so_many_steps_and_at_the_end(config):
     config.evals.vqa.every, config.evals.edit.every = 10, 15
-    due = {step: sorted(evals.due(config.evals, step, 35)) for step in range(1, 36)}
+    made = evals.check(config)
+    due = {step: sorted(evals.due(made, step, 35)) for step in range(1, 36)}
     assert {step: names for step, names in due.items() if names} == {
         10: ["vqa"], 15: ["edit"], 20: ["vqa"], 30: ["edit", "vqa"], 35: ["edit", "vqa"],
     }  # fmt: skip
-    assert evals.due(config.evals, 10, 35)["vqa"] == evals.check(config)["vqa"]
+    assert evals.due(made, 10, 35)["vqa"] == made["vqa"]
 
 
 def test_run_names_scores_and_makes_a_sheet_of_each_with_pictures(config):
