@@ -11,6 +11,7 @@ import unifluid_jax
 from tests import worlds
 from unifluid_jax import checkpoint, decode, inference
 from unifluid_jax import config as configs
+from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import make_sequencer
 from unifluid_jax.input.records import resized
@@ -174,8 +175,8 @@ def test_settings_left_out_come_from_the_config(model):
     other = changed(model, **{"sampling.order": "raster", "sampling.guidance": 1.0})
     assert other.drawing().order == "raster" and other.drawing().guidance == 1
     assert model.drawing(steps=5).sampler.steps == 5
-    assert model.writing() == decode.TextSampling(0.0, 0, 1.0)
-    assert model.writing(1.0, 2, 1.0) == decode.TextSampling(1.0, 2, 1.0)
+    assert model.writing() == TextSampling(0.0, 0, 1.0)
+    assert model.writing(1.0, 2, 1.0) == TextSampling(1.0, 2, 1.0)
 
 
 # --- text ---

@@ -25,8 +25,8 @@ from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
-from unifluid_jax import checkpoint, decode, sequence
-from unifluid_jax.decode import TextSampling
+from unifluid_jax import checkpoint, decode, decode_text, sequence
+from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.diffusion import Sampler, guidance_at, sampler_from
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import Example
@@ -305,7 +305,7 @@ class Model:
 
         def run(rows: list[int]) -> Int[np.ndarray, "B T"]:
             length = self._prefix_length(examples[0].task)
-            tokens = decode.text(
+            tokens = decode_text.text(
                 self.parts.model,
                 self.params,
                 decode.stack([prefixes[i] for i in rows], length),
