@@ -11,7 +11,8 @@ COMMANDS = {
     "data": "build a data set, or show the batches that a config makes of it",
     "train": "train a model, or go on where its workdir stopped",
     "tokenizer": "export a trained image tokenizer",
-    "sample": "generate, edit, caption or answer from a checkpoint",
+    "sample": "generate, edit, inpaint, caption or answer from a checkpoint",
+    "export": "a checkpoint as a folder of its own, for use without the run",
     "evaluate": "the scores of a checkpoint",
 }
 
