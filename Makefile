@@ -1,5 +1,8 @@
 # make quickstart   builds the data, pretrains a small UniFluid, scores it     (20 minutes on two cores)
 # make test         lint and tests
+# make test-slow    the tests that take minutes each: the notebooks
+# make test-demo    drives the demo in headless Chromium; DEMO_MODEL=... and SCREENSHOTS=docs for the
+#                   README's pictures
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
@@ -14,7 +17,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow test-demo lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -29,6 +32,14 @@ quickstart: $(VENV)/installed-data,eval
 # As many workers as cores; a file stays on one worker, for its fixtures' sake.
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+test-demo: export DEMO_MODEL := $(DEMO_MODEL)
+test-demo: export SCREENSHOTS := $(SCREENSHOTS)
+test-demo: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m demo tests/test_demo_browser.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ import importlib
 import sys
 from importlib import metadata
 
-from unifluid_jax.errors import nearest
+from unifluid_jax.errors import UserError, nearest
 
 # Said here and not in the modules: the list must not take the seconds that importing JAX takes.
 COMMANDS = {
@@ -12,8 +12,15 @@ COMMANDS = {
     "train": "train a model, or go on where its workdir stopped",
     "tokenizer": "export a trained image tokenizer",
     "sample": "generate, edit, inpaint, caption or answer from a checkpoint",
+    "demo": "a page in the browser for all of this",
     "export": "a checkpoint as a folder of its own, for use without the run",
     "evaluate": "the scores of a checkpoint",
+    "benchmark": "measure something, see below",
+}
+# `unifluid benchmark NAME` = `python -m benchmarks.NAME`.
+BENCHMARKS = {
+    "curves": "the losses of a run over its steps, as a plot",
+    "sample": "speed and quality of image sampling, as a table and a plot",
 }
 
 
@@ -31,13 +38,20 @@ def main() -> None:
         sys.argv[:2] = [f"unifluid {command}"]
         from unifluid_jax import cli
 
-        cli.run(importlib.import_module(f"unifluid_jax.{command}").main)
+        try:
+            program = importlib.import_module(f"unifluid_jax.{command}")
+        except UserError as error:  # a package is missing that only this command needs
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        cli.run(program.main)
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: unifluid COMMAND [--flag=value]...", ""]
     lines += [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    lines += ["", "usage: unifluid benchmark NAME [--flag=value]...", ""]
+    lines += [f"  {name:{width}}  {text}" for name, text in BENCHMARKS.items()]
     lines += ["", "unifluid COMMAND --help lists the flags of a command."]
     return "\n".join(lines)
 
