@@ -26,6 +26,7 @@ PLAIN = ("causal", "generate", False)
 CASES = [PLAIN, ("bidirectional", "edit", False), ("causal", "generate", True)]
 CASES += [("bidirectional", "edit", True)]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+two_cases = pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=["shifted", "queried"])
 
 
 @functools.cache
@@ -88,6 +89,12 @@ def run_full(model, params, batch):
     return model.bind(params).hidden(batch, batch["latent_mean"])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def run_head(model, params, z_G1D, scales, key, sampler):
+    head = model.bind(params).head
+    return sampler(key, guided(lambda x, t: head(x, t, z_G1D), scales, C), C, 0.9)
+
+
 def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
     """Without cache, padding or batch: full passes over whole images, of which z is taken."""
     bound = model(case[2]).bind(params)
@@ -107,10 +114,9 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
                         z.append(bound.condition(hidden[:, None], jnp.full((1, 1), cell))[:, 0])
                     fraction = (first + stage.width) / N
                     scales = [guidance_at(how.schedule, w, fraction, how.power) for w in guidance]
-                    z = jnp.stack(z)
-                    predict = guided(lambda x, t, z=z: bound.head(x, t, z), scales, C)
                     key_i = jax.random.fold_in(key, i)[None]
-                    drawn[cell] = stage.sampler(key_i, predict, C, 0.9)[0]
+                    head = model(case[2]), params, jnp.stack(z), scales
+                    drawn[cell] = run_head(*head, key_i, stage.sampler)[0]
                 for cell, x in drawn.items():
                     tokens[cell] = x
         pictures.append(tokens)
@@ -142,7 +148,7 @@ def test_images_equal_a_plain_loop_of_full_passes(params, case):
     np.testing.assert_allclose(fast, slow, atol=1e-4)
 
 
-@pytest.mark.parametrize("parallel, growth", [(2, "constant"), (3, "constant"), (2, "cosine")])
+@pytest.mark.parametrize("parallel, growth", [(3, "constant"), (2, "cosine")])
 def test_several_tokens_a_step_equal_a_plain_loop(params, parallel, growth):
     how = dataclasses.replace(HOW, parallel=parallel, growth=growth, last_steps=2)
     case = ("causal", "generate", True)
@@ -151,7 +157,7 @@ def test_several_tokens_a_step_equal_a_plain_loop(params, parallel, growth):
     assert np.abs(fast - draw(case, params)).max() > 0.01
 
 
-@cases
+@two_cases
 def test_given_tokens_are_kept_and_seen(params, case):
     known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
     counts = [1, 0, 3]
@@ -183,31 +189,34 @@ def test_three_branches_guide_by_text_and_source_apart(params):
     np.testing.assert_allclose(one, draw(case, params, guidance=()), atol=1e-4)
 
 
-@cases
+@two_cases
 def test_a_step_at_a_time_is_the_same(params, case):
     how = dataclasses.replace(HOW, parallel=2) if case[2] else HOW
     known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
-    for settings in ({}, {"known": known, "counts": [1, 2, 3]}):
-        positional, named = call(case, params, how=how, **settings)
-        shown = list(decode_image.stream(*positional, **named))
-        np.testing.assert_allclose(shown[-1][0], draw(case, params, how=how, **settings), atol=1e-5)
-        assert shown[0][1] == min(settings.get("counts", [0])) and shown[-1][1] == N
-        for (before, _), (after, count) in zip(shown, shown[1:], strict=False):
-            done = (np.asarray(before) != 0).any(axis=-1)
-            np.testing.assert_array_equal(np.asarray(before)[done], np.asarray(after)[done])
-            assert ((np.asarray(after) != 0).any(axis=-1).sum(axis=1) >= count).all()
+    counts = [1, 2, 3]
+    positional, named = call(case, params, how=how, known=known, counts=counts)
+    shown = [(np.asarray(x), n) for x, n in decode_image.stream(*positional, **named)]
+    whole = draw(case, params, how=how, known=known, counts=counts)
+    np.testing.assert_allclose(shown[-1][0], whole, atol=1e-5)
+    np.testing.assert_array_equal((shown[0][0] != 0).any(axis=-1).sum(axis=1), counts)
+    assert [n for _, n in shown] == ([1, 2, 4] if case[2] else [1, 2, 3, 4])
+    for (before, _), (after, count) in zip(shown, shown[1:], strict=False):
+        done = (before != 0).any(axis=-1)
+        np.testing.assert_array_equal(before[done], after[done])
+        assert ((after != 0).any(axis=-1).sum(axis=1) >= count).all()
 
 
-@cases
+@two_cases
 def test_a_picture_does_not_depend_on_the_batch_around_it(params, case):
-    together = draw(case, params)
+    how = dataclasses.replace(HOW, parallel=2) if case[2] else HOW
+    together = draw(case, params, how=how)
     for row in range(len(PROMPTS)):
-        np.testing.assert_allclose(draw(case, params, [row])[0], together[row], atol=1e-4)
+        alone = draw(case, params, [row], how=how)
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-4)
 
 
 def test_padding_makes_no_difference(params):
-    short, long = (draw(PLAIN, params, length=n) for n in (7, 13))
-    np.testing.assert_allclose(short, long, atol=1e-4)
+    np.testing.assert_allclose(draw(PLAIN, params, length=7), draw(PLAIN, params), atol=1e-4)
 
 
 def test_layers_under_scan_give_the_same(params):
@@ -299,7 +308,7 @@ def test_group_sizes():
     assert sizes(16, 4, "constant") == [4, 4, 4, 4]
     assert sizes(16, 5, "constant") == [1, 5, 5, 5]
     assert sizes(4, 9, "constant") == sizes(4, 9, "cosine") == [4]
-    assert sizes(256, 32, "cosine") == [5, 15, 23, 32, 39, 45, 47, 50]
+    assert sizes(256, 32, "cosine") == [5, 14, 24, 32, 39, 44, 48, 50]
     for count in (1, 7, 16, 256):
         for parallel in (1, 2, 3, 5, 8, 300):
             for growth in ("constant", "cosine"):
@@ -334,7 +343,7 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
         ({"interval": (0.5, 0.5)}, r"interval is \(0.5, 0.5\): set two times"),
         ({"interval": (0.1, 1.5)}, "interval is"),
         ({"interval": (float("nan"), 1.0)}, "interval is"),
-        ({"interval": (0.1,)}, "interval is"),
+        ({"interval": (0.1,)}, r"interval is \(0.1,\): set two times"),
         ({"last_steps": 0}, "0 sampling steps: set 1 or more"),
         ({"last_steps": 9}, "last_steps is 9 and the sampler's steps are 3"),
         ({"parallel": 0}, "parallel is 0: draw 1 token or more"),

@@ -12,12 +12,13 @@ import pytest
 from tests import tiny
 from unifluid_jax import config as configs
 from unifluid_jax import evals, image_tokenizer, losses, optim, parts, sharding, tasks
-from unifluid_jax.diffusion import sampler_from
 from unifluid_jax.errors import UserError
 from unifluid_jax.input import pipeline
 from unifluid_jax.models.vae import VaeConfig
+from unifluid_jax.samplers import sampler_from
 
 FOLDER = Path("experiments")
+SWITCHES = ("debug", "queries")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
@@ -45,7 +46,7 @@ def arguments():
             if values:
                 yield from ((name, f"{argument}={value}") for value in values)
             else:
-                yield name, argument if argument == "debug" else f"{argument}=123"
+                yield name, argument if argument in SWITCHES else f"{argument}=123"
 
 
 CASES = list(arguments())

@@ -294,7 +294,7 @@ def test_second_order_needs_fewer_steps():
     noise = gaussian_noise_predictor()
     assert narrow(DPMSolver(FIXED, 12), noise) < narrow(DDIM(FIXED, 12), noise) / 2
     same_cost = (Heun(Flow(), 5), Euler(Flow(), 9))
-    assert same_cost[0].evaluations == same_cost[1].evaluations == 9
+    assert len(same_cost[0].times) == len(same_cost[1].times) == 9
     assert narrow(same_cost[0], gaussian_velocity) < narrow(same_cost[1], gaussian_velocity) / 2
 
 
@@ -397,8 +397,8 @@ def test_the_network_is_asked_as_often_as_said(sampler, predict):
 
     sampler(keys(2), counted, 3)
     jax.effects_barrier()
-    assert len(calls) == sampler.evaluations
-    assert max(calls) <= sampler.process.duration
+    np.testing.assert_allclose(calls, sampler.times * sampler.process.duration, rtol=1e-5)
+    assert len(calls) == (9 if isinstance(sampler, Heun) else 10)
     assert sampler.with_steps(4) == dataclasses.replace(sampler, steps=4)
 
 

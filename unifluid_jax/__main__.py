@@ -34,16 +34,28 @@ def main() -> None:
     elif command not in COMMANDS:
         print(f'error: unknown command "{command}"{nearest(command, COMMANDS)}', file=sys.stderr)
         sys.exit(2)
-    else:
-        sys.argv[:2] = [f"unifluid {command}"]
-        from unifluid_jax import cli
-
-        try:
-            program = importlib.import_module(f"unifluid_jax.{command}")
-        except UserError as error:  # a package is missing that only this command needs
-            print(f"error: {error}", file=sys.stderr)
+    elif command == "benchmark":
+        name = sys.argv[2] if len(sys.argv) > 2 else ""
+        if name not in BENCHMARKS:
+            hint = nearest(name, BENCHMARKS)
+            print(f'error: unknown benchmark "{name}"{hint}', file=sys.stderr)
             sys.exit(2)
-        cli.run(program.main)
+        _run(f"benchmarks.{name}", words=3)
+    else:
+        _run(f"unifluid_jax.{command}", words=2)
+
+
+def _run(module: str, words: int) -> None:
+    """Runs a program; the first words of the command line are its name."""
+    sys.argv[:words] = [" ".join(["unifluid", *sys.argv[1:words]])]
+    from unifluid_jax import cli
+
+    try:
+        program = importlib.import_module(module)
+    except UserError as error:  # a package is missing that only this command needs
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    cli.run(program.main)
 
 
 def _help() -> str:

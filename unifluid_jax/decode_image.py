@@ -82,7 +82,7 @@ class ImageSampling:
         guidance_at(self.schedule, 1.0, 1.0, self.power)  # knows the schedules
         if not (math.isfinite(self.power) and self.power > 0):
             raise UserError(f"power is {self.power}: set it above 0")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] < self.interval[1] <= 1:
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(
                 f"the guidance interval is {tuple(self.interval)}: set two times, the first below"
                 " the second, both from 0 (clean) to 1 (noise)"
@@ -117,7 +117,9 @@ def sampling_from(
         UserError: an unknown name, or a value that makes no sense.
     """
     if "interval" in fields:
-        fields["interval"] = tuple(fields["interval"])
+        fields["interval"] = tuple(map(float, fields["interval"]))
+        if len(fields["interval"]) != 2:
+            raise UserError(f"the guidance interval is {fields['interval']}: set two times")
     sampling = ImageSampling(sampler_from(process, **sampler), **fields)
     if sampling.parallel > 1 and not queries:
         raise UserError(
@@ -277,8 +279,8 @@ def images(
 def stream(
     functional: Functional,
     params: Params,
-    prefix: Batch,
-    order_BN: Int[Array, "B N"],
+    prefix: Mapping[str, ArrayLike],
+    order_BN: ArrayLike,
     key_B: jax.Array,
     guidance: tuple[ArrayLike, ...],
     temperature: ArrayLike,

@@ -60,7 +60,7 @@ class Process(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def duration(self) -> float:
+    def duration(self) -> int:
         """The time of pure noise, in the units in which the network is told."""
 
     @abc.abstractmethod
@@ -117,7 +117,7 @@ class DDPM(Process):
     vlb_weight: float = 1.0
 
     @property
-    def duration(self) -> float:
+    def duration(self) -> int:
         return self.steps
 
     def outputs(self, token_dim: int) -> int:
@@ -210,7 +210,7 @@ class Flow(Process):
     logit_std: float = 1.0
 
     @property
-    def duration(self) -> float:
+    def duration(self) -> int:
         return 1000
 
     def outputs(self, token_dim: int) -> int:

@@ -57,9 +57,9 @@ class Sampler(abc.ABC):
         """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
 
     @property
-    def evaluations(self) -> int:
-        """Calls of `predict` for a token."""
-        return self.steps
+    @abc.abstractmethod
+    def times(self) -> Float[np.ndarray, " E"]:
+        """The times at which `predict` is called, 0 (clean) to 1 (noise), falling."""
 
     def with_steps(self, steps: int) -> "Sampler":
         """The same with another number of steps.
@@ -77,6 +77,10 @@ class _ChainSampler(Sampler):
 
     def __post_init__(self):
         self.process.chain(self.steps)  # knows how many there can be
+
+    @property
+    def times(self) -> Float[np.ndarray, " E"]:
+        return self.process.chain(self.steps).time[::-1] / self.process.duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +217,12 @@ class _FlowSampler(Sampler):
         if self.steps < 1:
             raise UserError(f"{self.steps} sampling steps: set 1 or more")
 
-    def _times(self) -> Float[np.ndarray, "S"]:
-        """The times at which the network is asked, rising; the first is one step from 0."""
+    @property
+    def times(self) -> Float[np.ndarray, " E"]:
+        return self._grid()[::-1]
+
+    def _grid(self) -> Float[np.ndarray, "S"]:
+        """The times at which steps begin, rising: the first is one step from 0."""
         return (np.arange(1, self.steps + 1) / self.steps).astype(np.float32)
 
 
@@ -237,7 +245,7 @@ class Euler(_FlowSampler):
             return x - predict(x, 1000 * t).astype(jnp.float32) / self.steps
 
         x_NC = _per_row(temperature) * _first(key_N, dim)
-        return _descend(step, key_N, x_NC, self._times(), dim)
+        return _descend(step, key_N, x_NC, self._grid(), dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,13 +260,14 @@ class Heun(_FlowSampler):
     steps: int = 8
 
     @property
-    def evaluations(self) -> int:
-        return 2 * self.steps - 1
+    def times(self) -> Float[np.ndarray, " E"]:
+        grid = self._grid()[::-1]
+        return np.append(np.stack([grid[:-1], grid[1:]], axis=1).ravel(), grid[-1])
 
     def __call__(
         self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
-        times = self._times()
+        times = self._grid()
 
         def velocity(x: Array, t: ArrayLike) -> Array:
             return predict(x, 1000 * jnp.asarray(t)).astype(jnp.float32)
@@ -308,7 +317,7 @@ class SDE(_FlowSampler):
             kept = jnp.sqrt(jnp.maximum(jnp.square(after) - jnp.square(sigma), 0))
             return (1 - after) * clean + kept * noise + scale * sigma * draw()
 
-        return _descend(step, key_N, _first(key_N, dim), self._times(), dim)
+        return _descend(step, key_N, _first(key_N, dim), self._grid(), dim)
 
 
 # The first sampler of a process is its default.
