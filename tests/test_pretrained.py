@@ -22,7 +22,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     config = worlds.make_config(folder)
     params = worlds.make_params(assemble(config).model)
-    about = {"step": "7", "weights": "ema"}
+    about = {"step": 7, "weights": "ema"}
     pretrained.save(folder / "model", config, params, dtype="float32", about=about, card="# Card\n")
     return folder, config, params
 
@@ -51,8 +51,9 @@ def test_a_folder_needs_nothing_outside_of_it(world, tmp_path):
     folder, config, params = world
     moved = shutil.copytree(folder / "model", tmp_path / "moved")
     written = json.loads((moved / "config.json").read_text())
-    assert written["tokenizer"]["path"] == "tokenizer.model"
-    assert written["image_tokenizer"]["path"] == "image_tokenizer"
+    assert written["format"] == "unifluid"
+    assert written["config"]["tokenizer"]["path"] == "tokenizer.model"
+    assert written["config"]["image_tokenizer"]["path"] == "image_tokenizer"
     assert str(moved) in pretrained.read_config(moved).image_tokenizer.path
     assert sorted(path.name for path in moved.iterdir()) == [
         "README.md", "config.json", "image_tokenizer", "model.safetensors", "tokenizer.model"
@@ -106,7 +107,9 @@ def damage(copy, kind):
     if kind == "no config":
         (copy / "config.json").unlink()
     elif kind == "config of nothing":
-        (copy / "config.json").write_text("{}")
+        (copy / "config.json").write_text('{"format": "unifluid", "config": {}}')
+    elif kind == "config of another":
+        (copy / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
     elif kind == "config cut":
         (copy / "config.json").write_text((copy / "config.json").read_text()[:99])
     elif kind == "config binary":
@@ -123,7 +126,7 @@ def damage(copy, kind):
             tensors["extra"] = tensors["backbone/embedding"]
         else:
             tensors["backbone/embedding"] = tensors["backbone/embedding"][:5]
-        save_file(tensors, weights, {"step": "7"})
+        save_file(tensors, weights)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,7 @@ def damage(copy, kind):
     [
         ("no config", "has no config.json: export or fetch it anew"),
         ("config of nothing", "config.json describes no UniFluid"),
+        ("config of another", "config.json describes no UniFluid .no .format.: .unifluid."),
         ("config cut", "config.json is damaged"),
         ("config binary", "config.json is damaged"),
         ("weights cut", "model.safetensors is damaged"),

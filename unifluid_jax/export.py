@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         config,
         params,
         dtype=_DTYPE.value,
-        about={"step": str(step), "weights": _WEIGHTS.value},
+        about={"step": step, "weights": _WEIGHTS.value},
         card=card(out.name, config, params, step, scores),
     )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -127,7 +127,7 @@ def origin(path: str | os.PathLike, which: str | None = None, step: int | None =
         located, step = checkpoint.locate(path, step)
         return Origin(str(located), step, which or "ema")
     about = pretrained.read_about(folder)
-    found = Origin(str(folder), int(about.get("step", 0)), about.get("weights", "params"))
+    found = Origin(str(folder), about.get("step", 0), about.get("weights", "params"))
     if step not in (None, found.step) or which not in (None, found.weights):
         raise UserError(
             f'{folder} holds the weights "{found.weights}" of step {found.step} alone, not'

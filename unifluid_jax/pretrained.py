@@ -1,7 +1,7 @@
 """A trained model as a folder of its own, for use without the run that made it.
 
-    config.json          the config of the run; paths of the tokenizers are those in the folder
-    model.safetensors    parameters by path, "backbone/embedding"; the header says step and weights
+    config.json          {"format": "unifluid", "config": the config of the run, "step": ..., ...}
+    model.safetensors    parameters by path, "backbone/embedding"
     tokenizer.model      the text tokenizer
     image_tokenizer/     the image tokenizer
     README.md            the model card
@@ -28,7 +28,7 @@ from unifluid_jax import trees
 from unifluid_jax.errors import UserError, nearest
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-_TOKENIZER, _IMAGE_TOKENIZER = "tokenizer.model", "image_tokenizer"
+_FORMAT, _TOKENIZER, _IMAGE_TOKENIZER = "unifluid", "tokenizer.model", "image_tokenizer"
 _ASSETS = Path(__file__).parent / "assets"
 DTYPES: Mapping[str, Any] = {
     "bfloat16": ml_dtypes.bfloat16,
@@ -62,31 +62,36 @@ def find(path: str | os.PathLike) -> Path | None:
 
 
 def read_config(folder: Path) -> ConfigDict:
-    """The config of a folder, with the paths of its tokenizers as seen from here.
+    """The config of a folder; its tokenizers are those in the folder.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     try:
-        config = configs.from_json(json.loads((folder / CONFIG).read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {CONFIG}: export or fetch it anew") from None
-    except ValueError as error:  # neither JSON nor even text
-        raise UserError(f"{folder / CONFIG} is damaged ({error}): fetch it anew") from None
-    try:
+        config = configs.from_json(_described(folder)["config"])
         with config.unlocked():
-            for part in ("tokenizer", "image_tokenizer"):
-                if (inside := folder / config[part].path).exists():
-                    config[part].path = str(inside)
-    except (AttributeError, KeyError, TypeError) as error:
+            config.tokenizer.path = str(folder / _TOKENIZER)
+            config.image_tokenizer.path = str(folder / _IMAGE_TOKENIZER)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} describes no UniFluid ({error})") from None
     return config.lock()
 
 
-def read_about(folder: Path) -> dict[str, str]:
-    """What the header of the weights says: `step`, `weights` ("ema" or "params"), `dtype`."""
-    with _opened(folder) as file:
-        return file.metadata() or {}
+def read_about(folder: Path) -> dict[str, Any]:
+    """What else config.json says: `step`, `weights` ("ema" or "params"), `dtype`."""
+    return {name: x for name, x in _described(folder).items() if name not in ("format", "config")}
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {CONFIG}: export or fetch it anew") from None
+    except ValueError as error:  # neither JSON nor even text
+        raise UserError(f"{folder / CONFIG} is damaged ({error}): fetch it anew") from None
+    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+        raise UserError(f'{folder / CONFIG} describes no UniFluid (no "format": "{_FORMAT}")')
+    return values
 
 
 def read_params(folder: Path, abstract: Any) -> Any:
@@ -132,7 +137,7 @@ def save(
     params: Any,
     *,
     dtype: str,
-    about: Mapping[str, str],
+    about: Mapping[str, Any],
     card: str,
 ) -> None:
     """Writes the folder, whole or not at all.
@@ -142,7 +147,7 @@ def save(
         config: of the run; its tokenizers are copied.
         params: the parameters.
         dtype: a key of `DTYPES`, in which weights are kept.
-        about: `step` and `weights`, for the header.
+        about: `step` and `weights`, for config.json.
         card: text of the model card.
 
     Raises:
@@ -167,9 +172,10 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        text = json.dumps(configs.to_json(portable), indent=2)
+        described = {"format": _FORMAT, "config": configs.to_json(portable)}
+        text = json.dumps({**described, **about, "dtype": dtype}, indent=2)
         (partial / CONFIG).write_text(text + "\n")
-        save_file(tensors, partial / WEIGHTS, {**about, "dtype": dtype})
+        save_file(tensors, partial / WEIGHTS)
         shutil.copyfile(config.tokenizer.path, partial / _TOKENIZER)
         shutil.copytree(config.image_tokenizer.path, partial / _IMAGE_TOKENIZER)
         (partial / CARD).write_text(card)
