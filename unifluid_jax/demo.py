@@ -197,29 +197,26 @@ def _enlarged(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
-class _Upload(gr.Image):
-    """A picture as the path of its file; one that cannot be read is said so."""
+def guarded(component: gr.components.Component) -> gr.components.Component:
+    """The same component; what it cannot read of an upload becomes a message."""
+    read = component.preprocess
 
-    is_template = True  # to the page it is an ordinary one
+    def preprocess(payload: Any) -> Any:
+        try:
+            return read(payload)
+        except Exception as error:  # of many kinds, as in `pictures.to_array`
+            logging.info("unreadable upload: %s", error)
+            message = "This file cannot be read as a picture."
+            raise gr.Error(message, print_exception=False) from None
 
-    def preprocess(self, payload: Any) -> Any:
-        return _readable_upload(super().preprocess, payload)
+    # Not a subclass: Gradio writes a stub file beside the source of each.
+    component.preprocess = preprocess
+    return component
 
 
-class _Painting(gr.ImageEditor):
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        return _readable_upload(super().preprocess, payload)
-
-
-def _readable_upload(read: Callable[[Any], Any], payload: Any) -> Any:
-    try:
-        return read(payload)
-    except Exception as error:  # of many kinds, as in `pictures.to_array`
-        logging.info("unreadable upload: %s", error)
-        message = "This file cannot be read as a picture."
-        raise gr.Error(message, print_exception=False) from None
+def _upload() -> gr.components.Component:
+    """A picture, as the path of its file."""
+    return guarded(gr.Image(type="filepath", image_mode=None, label="Picture", height=280))
 
 
 def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
@@ -308,12 +305,12 @@ def _tabs() -> dict[str, dict[str, Any]]:
         gr.Examples(_EXAMPLES, text)
         asked["generate"] = {"inputs": [text, n], "text": text, "button": button}
     with gr.Tab("Edit", id="edit"):
-        image = _Upload(type="filepath", image_mode=None, label="Picture", height=280)
+        image = _upload()
         text, n = words("Instruction", "make it blue"), number()
         button = gr.Button("Edit", variant="primary", elem_id="do-edit")
         asked["edit"] = {"inputs": [image, text, n], "text": text, "button": button}
     with gr.Tab("Inpaint", id="inpaint"):
-        image = _Painting(
+        image = gr.ImageEditor(
             type="numpy",
             label="Paint over what is to be drawn anew",
             height=420,
@@ -322,16 +319,17 @@ def _tabs() -> dict[str, dict[str, Any]]:
             layers=False,
             format="png",
         )
+        image = guarded(image)
         text, n = words("What the whole picture shows", "a red circle"), number()
         button = gr.Button("Inpaint", variant="primary", elem_id="do-inpaint")
         asked["inpaint"] = {"inputs": [image, text, n], "text": text, "button": button}
     with gr.Tab("Describe", id="caption"):
-        image = _Upload(type="filepath", image_mode=None, label="Picture", height=280)
+        image = _upload()
         button = gr.Button("Describe", variant="primary", elem_id="do-caption")
         output = gr.Textbox(label="Caption", interactive=False, elem_id="caption")
         asked["caption"] = {"inputs": [image], "button": button, "output": output}
     with gr.Tab("Ask", id="answer"):
-        image = _Upload(type="filepath", image_mode=None, label="Picture", height=280)
+        image = _upload()
         text = words("Question", "what color is the shape?")
         button = gr.Button("Ask", variant="primary", elem_id="do-answer")
         output = gr.Textbox(label="Answer", interactive=False, elem_id="answer")
