@@ -56,7 +56,9 @@ _SPLIT = flags.DEFINE_string("split", "test", "Its split.")
 _LIMIT = flags.DEFINE_integer("limit", 256, "Number of prompts.", lower_bound=2)
 _BATCH = flags.DEFINE_integer("batch", 32, "Rows of the large batch, beside which 1 is timed.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls with one row.", lower_bound=1)
-_ONLY = flags.DEFINE_list("only", [], "Names of settings to measure; the default is all.")
+_ONLY = flags.DEFINE_multi_string(
+    "only", [], "Setting to measure, by name; repeat for more. Default: all."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of orders and noise.", lower_bound=0)
 
 BASELINE = "baseline"
