@@ -36,6 +36,8 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 
 _PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.")
 _QUEUE = flags.DEFINE_integer("queue", 16, "Requests that may wait.")
 
+Number = int | float  # what a slider gives
+
 MOST = 4  # pictures of one request
 _HISTORY = 24  # pictures remembered for a visitor
 _SHOWN = 256  # pixels, about, that small pictures are enlarged to
@@ -109,19 +111,19 @@ class Handlers:
         self._model = model
 
     @readable
-    def generate(self, prompt: str, n: float, history: list, *settings: Any) -> Iterator[tuple]:
+    def generate(self, prompt: str, n: Number, history: list, *settings: Any) -> Iterator[tuple]:
         yield from self._draw("generate", (prompt,), prompt, n, history, settings)
 
     @readable
     def edit(
-        self, image: str | None, instruction: str, n: float, history: list, *settings: Any
+        self, image: str | None, instruction: str, n: Number, history: list, *settings: Any
     ) -> Iterator[tuple]:
         what = (_given(image), instruction)
         yield from self._draw("edit", what, instruction, n, history, settings)
 
     @readable
     def inpaint(
-        self, drawn: dict | None, prompt: str, n: float, history: list, *settings: Any
+        self, drawn: dict | None, prompt: str, n: Number, history: list, *settings: Any
     ) -> Iterator[tuple]:
         image = _given(None if drawn is None else drawn["background"])
         mask = np.zeros(image.shape[:2], bool)
@@ -140,7 +142,7 @@ class Handlers:
         yield from self._write("answer", _given(image), question)
 
     def _draw(
-        self, method: str, what: tuple, title: str, n: float, history: list, values: tuple
+        self, method: str, what: tuple, title: str, n: Number, history: list, values: tuple
     ) -> Iterator[tuple]:
         begun, shown_at = time.monotonic(), -math.inf
         if not 1 <= n <= MOST:
@@ -169,7 +171,12 @@ class Handlers:
 
     @staticmethod
     def settings(
-        guidance: float, temperature: float, steps: float, order: str, seed: float, fresh: bool
+        guidance: Number,
+        temperature: Number,
+        steps: Number,
+        order: str,
+        seed: Number | None,
+        fresh: bool,
     ) -> dict[str, Any]:
         """The settings of a call from what the page has: a fresh seed when one is wanted."""
         if fresh:
