@@ -1,6 +1,6 @@
 """How long the first picture takes, and what the interface adds to the compiled programs.
 
-    python -m benchmarks.first_picture --workdir=runs/quickstart
+    unifluid benchmark first_picture --workdir=runs/quickstart
 
 Every start is a process of its own. "cold" finds no compiled programs on disk, "warm" those of the
 start before it. Overhead is the time of `m.generate` less that of its two programs, run on the same
@@ -19,10 +19,10 @@ import time
 import jax
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 
 import unifluid_jax
-from unifluid_jax import decode_image
+from unifluid_jax import cli, decode_image
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run, exported folder or name.", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Calls that the medians are taken over.")
@@ -44,7 +44,7 @@ print(json.dumps([imported - begun, loaded - imported, first - loaded, second - 
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    cli.positional(argv)
     console = rich.console.Console(soft_wrap=True, highlight=False)
     table = rich.table.Table("start", "import", "load", "first picture", "second picture", box=None)
     with tempfile.TemporaryDirectory() as programs:
@@ -105,4 +105,4 @@ def _overhead(model: unifluid_jax.Model, batch: int, repeats: int) -> tuple[floa
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

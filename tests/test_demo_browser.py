@@ -69,7 +69,7 @@ class Page:
     def __init__(self, browser):
         self.browser = browser
 
-    def wait(self, found, what, seconds=300):
+    def wait(self, found, what, seconds=900):
         return WebDriverWait(self.browser, seconds, 0.2).until(lambda _: found(), what)
 
     def find(self, selector):

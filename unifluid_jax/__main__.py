@@ -20,6 +20,7 @@ COMMANDS = {
 # `unifluid benchmark NAME` = `python -m benchmarks.NAME`.
 BENCHMARKS = {
     "curves": "the losses of a run over its steps, as a plot",
+    "first_picture": "the time from start to picture, and what the interface adds",
     "sample": "speed and quality of image sampling, as a table and a plot",
 }
 
