@@ -84,6 +84,7 @@ def load(
         UserError: there is no such model, or its weights do not fit its config.
     """
     _keep_programs()
+    found = origin(path, which, step)
     parts = assemble(stored_config(path, step) if config is None else config)
     if mesh is None and jax.device_count() > 1:
         mesh = sharding.make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
@@ -94,10 +95,10 @@ def load(
         parts = dataclasses.replace(parts, images=parts.images.placed(sharding.replicated(mesh)))
     folder = pretrained.find(path)
     if folder is None:
-        params = checkpoint.restore_params(path, abstract, which or "ema", step)
+        params = checkpoint.restore_params(path, abstract, found.weights, step)
     else:
         params = pretrained.read_params(folder, abstract)
-    return Model(parts, params, origin(path, which, step))
+    return Model(parts, params, found)
 
 
 def stored_config(path: str | os.PathLike, step: int | None = None) -> ConfigDict:
