@@ -294,7 +294,7 @@ def stream(
     """
     least = 0 if given is None else int(np.min(given.count_B))
     if given is not None:
-        known = np.argsort(np.argsort(order_BN, axis=1), axis=1) < given.count_B[:, None]
+        known = np.argsort(order_BN, axis=1) < given.count_B[:, None]
         given = given._replace(tokens_BNC=np.where(known[:, :, None], given.tokens_BNC, 0))
     fixed, progress = _started(
         functional, params, prefix, order_BN, key_B, guidance, temperature, given, how=how
