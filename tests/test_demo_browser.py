@@ -4,8 +4,12 @@ DEMO_MODEL names a trained model, by default a tiny random one; with SCREENSHOTS
 of the README are written.
 """
 
+import contextlib
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +17,6 @@ import pytest
 from PIL import Image
 
 from tests import worlds
-from unifluid_jax import demo, inference
 
 pytestmark = [
     pytest.mark.demo,
@@ -36,13 +39,32 @@ _FLAGS = (
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    if name := os.environ.get("DEMO_MODEL"):
-        model = inference.load(name)
-    else:
-        name, model = "tiny", worlds.make_model(tmp_path_factory.mktemp("model"))
-    page = demo.build(model, Path(name).name, queue=1)
-    yield demo.launch(page, "127.0.0.1", None, block=False)
-    page.close()
+    """Where `unifluid demo` listens, as a process of its own."""
+    folder = tmp_path_factory.mktemp("demo")
+    workdir = os.environ.get("DEMO_MODEL")
+    if not workdir:
+        worlds.save_checkpoint(folder / "tiny", worlds.make_config(folder))
+        workdir = folder / "tiny"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "unifluid_jax", "demo"]
+    command += [f"--workdir={workdir}", f"--port={port}", "--queue=1"]
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, (folder / "log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}"
+        # A mistake of a visitor is nothing for the log, and nothing else went wrong.
+        assert "Traceback" not in (folder / "log").read_text()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
 
 
 def open_browser(folder):

@@ -237,7 +237,12 @@ def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
                 asked = _tabs()
             with gr.Column(scale=2):
                 pictures = gr.Gallery(
-                    label="Pictures", format="png", columns=2, height=380, elem_id="pictures"
+                    label="Pictures",
+                    format="png",
+                    columns=2,
+                    height=380,
+                    interactive=False,
+                    elem_id="pictures",
                 )
                 status = gr.Textbox(label="Status", interactive=False, elem_id="status")
                 with gr.Row():
