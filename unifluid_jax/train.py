@@ -28,6 +28,7 @@ from unifluid_jax import checkpoint, cli, evals, lora, metrics, optim, sharding,
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop import unifluid
+from unifluid_jax.pretrained import find
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -146,6 +147,7 @@ def pretrained(path: str, params: Any) -> Any:
     """The parameters of a checkpoint or an exported model, straight onto their devices.
 
     Args:
+        path: as for `inference.load`.
         params: all that are wanted, as `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
@@ -155,8 +157,9 @@ def pretrained(path: str, params: Any) -> Any:
         UserError: there are none at that path, or they are of another model.
     """
     params = lora.base(params)
-    if unifluid.is_folder(Path(path)):
-        return unifluid.read_params(Path(path), params)
+    folder = find(path)
+    if folder is not None:
+        return unifluid.read_params(folder, params)
     return checkpoint.restore_params(path, params, "ema")
 
 
