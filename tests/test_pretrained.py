@@ -82,6 +82,8 @@ def test_shipped_models_are_known_by_name(world, monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "_ASSETS", tmp_path)
     shutil.copytree(world[0] / "model", tmp_path / "unifluid-tiny")
     (tmp_path / "tokenizer_small").mkdir()
+    tower = shutil.copytree(world[0] / "model", tmp_path / "siglip")
+    (tower / "config.json").write_text('{"model_type": "siglip_vision_model"}')
     assert pretrained.names() == ["unifluid-tiny"]
     assert pretrained.find("unifluid-tiny") == tmp_path / "unifluid-tiny"
     assert inference.origin("unifluid-tiny").step == 7

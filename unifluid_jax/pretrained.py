@@ -4,20 +4,26 @@ The package ships such folders in `assets/`, which are known by their names. Wha
 `interop/unifluid.py`.
 """
 
+import json
 import os
 from pathlib import Path
 
 from etils import epath
 
 from unifluid_jax.errors import UserError, nearest
-from unifluid_jax.interop.unifluid import WEIGHTS
+from unifluid_jax.interop.unifluid import CONFIG, FORMAT, WEIGHTS
 
 _ASSETS = Path(__file__).parent / "assets"
 
 
 def names() -> list[str]:
     """The models that the package ships."""
-    return sorted(path.name for path in _ASSETS.iterdir() if _has_weights(path))
+    folders = filter(_has_weights, _ASSETS.iterdir())
+    return sorted(  # the small SigLIP's folder looks alike
+        folder.name
+        for folder in folders
+        if json.loads((folder / CONFIG).read_text()).get("format") == FORMAT
+    )
 
 
 def find(path: str | os.PathLike) -> Path | None:
