@@ -2,6 +2,8 @@
 
     pip install -e '.[docs]'
     unifluid benchmark sample --workdir=runs/quickstart
+    unifluid train --config=experiments/quickstart.py:queries --workdir=runs/queries
+    unifluid benchmark sample --workdir=runs/queries --out=docs/benchmark_sample_queries
 
 Samplers, steps, DiSA, guidance intervals and several tokens a step: draws the same prompts with the
 same orders and keys under every setting of a list, times it, and judges the pictures; writes a
@@ -311,8 +313,8 @@ def head_calls(stages: Sequence[Stage], how: ImageSampling) -> int:
     return calls
 
 
-def table(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The figures as a page of Markdown."""
+def table(results: Sequence[dict[str, Any]], facts: dict[str, Any], picture: str) -> str:
+    """The figures as a page of Markdown, which shows the picture of this name."""
     lines = [
         "# Image sampling: speed and quality",
         "",
@@ -342,7 +344,7 @@ def table(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         " Overhead: share of `Model.generate` outside compiled programs. Cold: no compiled program"
         " on disk; warm: all of them.",
         "",
-        "![speed and quality](benchmark_sample.png)",
+        f"![speed and quality]({picture})",
         "",
     ]
     return "\n".join(lines)
@@ -414,8 +416,9 @@ def main(argv: list[str]) -> None:
     for name, seconds in zip(("cold", "warm"), first_picture(_WORKDIR.value), strict=True):
         facts[name] = f"{seconds['load']:.1f} s to load, {seconds['picture']:.1f} s to a picture"
     out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=1))
-    plot(results, facts, out.with_suffix(".png"))
-    out.with_suffix(".md").write_text(table(results, facts))
+    picture = out.with_suffix(".png")
+    plot(results, facts, picture)
+    out.with_suffix(".md").write_text(table(results, facts, picture.name))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def test_figures_table_and_plot(bench, tmp_path):
     for name in ("color", "shape", "both", "frechet"):
         assert results[0][name] == results[1][name]
     facts = {"workdir": "runs/x", "prompts": 5, "data": "toys/test", "batch": 2, "device": "cpu"}
-    page = sample.table(results, facts)
+    page = sample.table(results, facts, "plot.png")
+    assert "![speed and quality](plot.png)" in page
     assert "| baseline | 16 |" in page and "| euler 2 | 16 |" in page
     assert "`unifluid benchmark sample --workdir=runs/x --limit=5 --batch=2`" in page
     sample.plot(results, facts, tmp_path / "plot.png")
