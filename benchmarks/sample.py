@@ -22,9 +22,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +50,6 @@ from unifluid_jax.models.unifluid import Batch
 from unifluid_jax.parts import Parts
 from unifluid_jax.samplers import guidance_at, guided
 from unifluid_jax.sequence import Latents
-from unifluid_jax.settings import drawing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Trained model to measure.", required=True)
 _OUT = flags.DEFINE_string("out", "docs/benchmark_sample", "Where to write: .md, .json, .png.")
@@ -257,45 +253,6 @@ class Bench:
         pixels = np.stack([resized(picture, size) for picture in pictures])
         return jax.device_get(_mean_features(self.model.parts.model, self.model.params, pixels))
 
-    def overhead(self) -> float:
-        """Share of the time of `Model.generate`, warm, that is spent outside compiled programs."""
-        prompts = [example.prompt for example in self.examples[: self.batch]]
-        rows, setting = list(range(len(prompts))), Setting("", drawing(self.model.parts).how)
-        whole, inside = [], []
-        for _ in range(self.repeats + 1):
-            begun = time.perf_counter()
-            self.model.generate(prompts)
-            whole.append(time.perf_counter() - begun)
-            tokens, seconds = self._timed(setting, rows)
-            begun = time.perf_counter()
-            self.model.parts.images.decode(self.model.parts.sequencer.scale.raw(tokens))
-            inside.append(seconds + time.perf_counter() - begun)
-        return 1 - statistics.median(inside[1:]) / statistics.median(whole[1:])
-
-
-def first_picture(workdir: str) -> list[dict[str, float]]:
-    """Seconds of `load`, and from it to the first picture, in fresh processes: cold, then warm.
-
-    Cold means that no compiled program is on disk.
-    """
-    program = """
-import json, sys, time
-import unifluid_jax
-begun = time.perf_counter()
-model = unifluid_jax.load(sys.argv[1])
-loaded = time.perf_counter()
-model.generate("a red circle")
-print(json.dumps({"load": loaded - begun, "picture": time.perf_counter() - loaded}))
-"""
-    command = [sys.executable, "-c", program, os.path.abspath(workdir)]
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder}
-        done = [
-            subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-    return [json.loads(run.stdout.splitlines()[-1]) for run in done]
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_features(functional: Functional, params: Params, pixels: jax.Array) -> jax.Array:
@@ -340,9 +297,7 @@ def table(results: Sequence[dict[str, Any]], facts: dict[str, Any], picture: str
         "",
         f"Standard error of an accuracy: at most {error:.3f}. Head calls: passes of a token through"
         " the diffusion head for one picture, both branches of guidance counted. Frechet: distance"
-        " to the true pictures on the mean features of this model's own vision tower, not the FID."
-        " Overhead: share of `Model.generate` outside compiled programs. Cold: no compiled program"
-        " on disk; warm: all of them.",
+        " to the true pictures on the mean features of this model's own vision tower, not the FID.",
         "",
         f"![speed and quality]({picture})",
         "",
@@ -412,9 +367,6 @@ def main(argv: list[str]) -> None:
             continue
         results.append(bench.measure(setting))
         print(json.dumps(results[-1]), flush=True)
-    facts["overhead"] = f"{bench.overhead():.1%}"
-    for name, seconds in zip(("cold", "warm"), first_picture(_WORKDIR.value), strict=True):
-        facts[name] = f"{seconds['load']:.1f} s to load, {seconds['picture']:.1f} s to a picture"
     out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=1))
     picture = out.with_suffix(".png")
     plot(results, facts, picture)

@@ -244,7 +244,7 @@ def test_within_runs_one_of_two_networks():
         found = [float(predict(x, jnp.asarray(t, jnp.float32))[0, 0]) for t in times]
         assert found == [1 - times[0], 1 + times[1], 1 - times[2]]
     inside = lambda x, t: x  # noqa: E731
-    assert samplers.within((0, 1), Flow(), inside, None) is inside
+    assert samplers.within((0.0, 1.0), Flow(), inside, lambda x, t: -x) is inside
 
 
 def test_guidance_schedules():
