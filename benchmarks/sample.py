@@ -107,13 +107,15 @@ def settings(parts: Parts) -> list[Setting]:
         make(f"{fast} 10, DiSA", fast, 10, **disa),
         make(f"{fast} 10, DiSA, interval", fast, 10, **both),
         make(f"{fast} 6, DiSA, interval", fast, 6, **both),
+        make(f"{fast} 4, DiSA, interval", fast, 4, **interval, last_steps=2),
     ]
     if queries:
         for parallel in (2, 4, 8):
             found.append(make(f"{fast} 25, k={parallel}", fast, 25, parallel=parallel))
         found += [
             make(f"{fast} 25, k=4 cosine", fast, 25, parallel=4, growth="cosine"),
-            make(f"{fast} 10, k=2, DiSA, interval", fast, 10, parallel=2, **both),
+            make(f"{fast} 6, k=2, DiSA, interval", fast, 6, parallel=2, **both),
+            make(f"{fast} 6, k=4, DiSA, interval", fast, 6, parallel=4, **both),
         ]
     return found
 
