@@ -26,6 +26,7 @@ pytestmark = [
     ),
 ]
 webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -92,7 +93,10 @@ class Page:
         self.browser = browser
 
     def wait(self, found, what, seconds=900):
-        return WebDriverWait(self.browser, seconds, 0.2).until(lambda _: found(), what)
+        # The page replaces its parts at any time.
+        ignored = [StaleElementReferenceException]
+        wait = WebDriverWait(self.browser, seconds, 0.2, ignored)
+        return wait.until(lambda _: found(), what)
 
     def find(self, selector):
         def visible():
@@ -126,9 +130,12 @@ class Page:
         return self.value("#status textarea, #status input")
 
     def toast(self):
+        script = (
+            "return [...document.querySelectorAll('.toast-body')].map(x => x.innerText).join(' ')"
+        )
+
         def text():
-            toasts = self.browser.find_elements(By.CSS_SELECTOR, ".toast-body")
-            return " ".join(x.text for x in toasts if x.is_displayed()) or None
+            return self.browser.execute_script(script)
 
         return self.wait(text, "no message")
 
