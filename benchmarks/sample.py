@@ -2,6 +2,8 @@
 
     pip install -e '.[docs]'
     unifluid benchmark sample --workdir=runs/quickstart
+    unifluid train --config=experiments/quickstart.py:queries --workdir=runs/queries
+    unifluid benchmark sample --workdir=runs/queries --out=docs/benchmark_sample_queries
 
 Samplers, steps, DiSA, guidance intervals and several tokens a step: draws the same prompts with the
 same orders and keys under every setting of a list, times it, and judges the pictures; writes a
@@ -20,9 +22,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +50,6 @@ from unifluid_jax.models.unifluid import Batch
 from unifluid_jax.parts import Parts
 from unifluid_jax.samplers import guidance_at, guided
 from unifluid_jax.sequence import Latents
-from unifluid_jax.settings import drawing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Trained model to measure.", required=True)
 _OUT = flags.DEFINE_string("out", "docs/benchmark_sample", "Where to write: .md, .json, .png.")
@@ -109,13 +107,15 @@ def settings(parts: Parts) -> list[Setting]:
         make(f"{fast} 10, DiSA", fast, 10, **disa),
         make(f"{fast} 10, DiSA, interval", fast, 10, **both),
         make(f"{fast} 6, DiSA, interval", fast, 6, **both),
+        make(f"{fast} 4, DiSA, interval", fast, 4, **interval, last_steps=2),
     ]
     if queries:
         for parallel in (2, 4, 8):
             found.append(make(f"{fast} 25, k={parallel}", fast, 25, parallel=parallel))
         found += [
             make(f"{fast} 25, k=4 cosine", fast, 25, parallel=4, growth="cosine"),
-            make(f"{fast} 10, k=2, DiSA, interval", fast, 10, parallel=2, **both),
+            make(f"{fast} 6, k=2, DiSA, interval", fast, 6, parallel=2, **both),
+            make(f"{fast} 6, k=4, DiSA, interval", fast, 6, parallel=4, **both),
         ]
     return found
 
@@ -255,45 +255,6 @@ class Bench:
         pixels = np.stack([resized(picture, size) for picture in pictures])
         return jax.device_get(_mean_features(self.model.parts.model, self.model.params, pixels))
 
-    def overhead(self) -> float:
-        """Share of the time of `Model.generate`, warm, that is spent outside compiled programs."""
-        prompts = [example.prompt for example in self.examples[: self.batch]]
-        rows, setting = list(range(len(prompts))), Setting("", drawing(self.model.parts).how)
-        whole, inside = [], []
-        for _ in range(self.repeats + 1):
-            begun = time.perf_counter()
-            self.model.generate(prompts)
-            whole.append(time.perf_counter() - begun)
-            tokens, seconds = self._timed(setting, rows)
-            begun = time.perf_counter()
-            self.model.parts.images.decode(self.model.parts.sequencer.scale.raw(tokens))
-            inside.append(seconds + time.perf_counter() - begun)
-        return 1 - statistics.median(inside[1:]) / statistics.median(whole[1:])
-
-
-def first_picture(workdir: str) -> list[dict[str, float]]:
-    """Seconds of `load`, and from it to the first picture, in fresh processes: cold, then warm.
-
-    Cold means that no compiled program is on disk.
-    """
-    program = """
-import json, sys, time
-import unifluid_jax
-begun = time.perf_counter()
-model = unifluid_jax.load(sys.argv[1])
-loaded = time.perf_counter()
-model.generate("a red circle")
-print(json.dumps({"load": loaded - begun, "picture": time.perf_counter() - loaded}))
-"""
-    command = [sys.executable, "-c", program, os.path.abspath(workdir)]
-    with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": folder}
-        done = [
-            subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)
-        ]
-    return [json.loads(run.stdout.splitlines()[-1]) for run in done]
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_features(functional: Functional, params: Params, pixels: jax.Array) -> jax.Array:
@@ -311,8 +272,8 @@ def head_calls(stages: Sequence[Stage], how: ImageSampling) -> int:
     return calls
 
 
-def table(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """The figures as a page of Markdown."""
+def table(results: Sequence[dict[str, Any]], facts: dict[str, Any], picture: str) -> str:
+    """The figures as a page of Markdown, which shows the picture of this name."""
     lines = [
         "# Image sampling: speed and quality",
         "",
@@ -338,11 +299,9 @@ def table(results: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         f"Standard error of an accuracy: at most {error:.3f}. Head calls: passes of a token through"
         " the diffusion head for one picture, both branches of guidance counted. Frechet: distance"
-        " to the true pictures on the mean features of this model's own vision tower, not the FID."
-        " Overhead: share of `Model.generate` outside compiled programs. Cold: no compiled program"
-        " on disk; warm: all of them.",
+        " to the true pictures on the mean features of this model's own vision tower, not the FID.",
         "",
-        "![speed and quality](benchmark_sample.png)",
+        f"![speed and quality]({picture})",
         "",
     ]
     return "\n".join(lines)
@@ -410,12 +369,10 @@ def main(argv: list[str]) -> None:
             continue
         results.append(bench.measure(setting))
         print(json.dumps(results[-1]), flush=True)
-    facts["overhead"] = f"{bench.overhead():.1%}"
-    for name, seconds in zip(("cold", "warm"), first_picture(_WORKDIR.value), strict=True):
-        facts[name] = f"{seconds['load']:.1f} s to load, {seconds['picture']:.1f} s to a picture"
     out.with_suffix(".json").write_text(json.dumps({"facts": facts, "results": results}, indent=1))
-    plot(results, facts, out.with_suffix(".png"))
-    out.with_suffix(".md").write_text(table(results, facts))
+    picture = out.with_suffix(".png")
+    plot(results, facts, picture)
+    out.with_suffix(".md").write_text(table(results, facts, picture.name))
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def test_within_runs_one_of_two_networks():
         found = [float(predict(x, jnp.asarray(t, jnp.float32))[0, 0]) for t in times]
         assert found == [1 - times[0], 1 + times[1], 1 - times[2]]
     inside = lambda x, t: x  # noqa: E731
-    assert samplers.within((0, 1), Flow(), inside, None) is inside
+    assert samplers.within((0.0, 1.0), Flow(), inside, lambda x, t: -x) is inside
 
 
 def test_guidance_schedules():
@@ -270,7 +270,7 @@ def exact_ddpm(x):
 ORDERS = [
     # Sampler, network, grids, and about how the error must fall when steps are doubled.
     (lambda s: DDIM(FIXED, s), gaussian_noise_predictor(), (40, 80), 1.6),
-    (lambda s: DPMSolver(FIXED, s), gaussian_noise_predictor(), (40, 80), 3.0),
+    (lambda s: DPMSolver(FIXED, s), gaussian_noise_predictor(), (12, 24), 3.0),
     (lambda s: Euler(Flow(), s), gaussian_velocity, (16, 32), 1.7),
     (lambda s: Heun(Flow(), s), gaussian_velocity, (16, 32), 3.2),
 ]
@@ -293,8 +293,8 @@ def test_second_order_needs_fewer_steps():
 
     noise = gaussian_noise_predictor()
     assert narrow(DPMSolver(FIXED, 12), noise) < narrow(DDIM(FIXED, 12), noise) / 2
-    same_cost = (Heun(Flow(), 5), Euler(Flow(), 9))
-    assert len(same_cost[0].times) == len(same_cost[1].times) == 9
+    same_cost = (Heun(Flow(), 8), Euler(Flow(), 15))
+    assert len(same_cost[0].times) == len(same_cost[1].times) == 15
     assert narrow(same_cost[0], gaussian_velocity) < narrow(same_cost[1], gaussian_velocity) / 2
 
 
@@ -378,7 +378,7 @@ def test_dpm_against_slow_twin():
                 break
             h, target = rate[s - 1] - rate[s], clean
             if last is not None:
-                r = (rate[s] - rate[s + 1]) / h
+                r = max((rate[s] - rate[s + 1]) / h, 1.0)
                 target = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * last
             x = np.sqrt((1 - bars[s - 1]) / (1 - bars[s])) * x
             x = x - np.sqrt(bars[s - 1]) * np.expm1(-h) * target

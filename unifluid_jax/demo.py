@@ -241,6 +241,7 @@ def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
                     format="png",
                     columns=2,
                     height=380,
+                    object_fit="contain",
                     interactive=False,
                     elem_id="pictures",
                 )
@@ -249,7 +250,16 @@ def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
                     use = gr.Button("Use this picture", elem_id="use")
                     stop = gr.Button("Stop", variant="stop", elem_id="stop")
                 settings = _settings(model)
-        past = gr.Gallery(label="History", format="png", columns=8, height=190, elem_id="history")
+        past = gr.Gallery(
+            label="History",
+            format="png",
+            columns=8,
+            height=190,
+            object_fit="contain",
+            fit_columns=False,
+            interactive=False,
+            elem_id="history",
+        )
 
         events = []
         for method in ("generate", "edit", "inpaint"):

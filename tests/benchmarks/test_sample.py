@@ -1,5 +1,6 @@
 """The benchmark of sampling: its baseline is the slow twin it claims to be, its figures add up."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -48,7 +49,8 @@ def test_figures_table_and_plot(bench, tmp_path):
     for name in ("color", "shape", "both", "frechet"):
         assert results[0][name] == results[1][name]
     facts = {"workdir": "runs/x", "prompts": 5, "data": "toys/test", "batch": 2, "device": "cpu"}
-    page = sample.table(results, facts)
+    page = sample.table(results, facts, "plot.png")
+    assert "![speed and quality](plot.png)" in page
     assert "| baseline | 16 |" in page and "| euler 2 | 16 |" in page
     assert "`unifluid benchmark sample --workdir=runs/x --limit=5 --batch=2`" in page
     sample.plot(results, facts, tmp_path / "plot.png")
@@ -59,8 +61,8 @@ def test_figures_table_and_plot(bench, tmp_path):
 @pytest.mark.parametrize("queries", [False, True])
 def test_settings_begin_with_the_baseline(bench, process, queries):
     parts = bench.model.parts
-    layout = dataclasses.replace(parts.sequencer.layout, queries=queries)
-    sequencer = type("", (), {"layout": layout})()
+    sequencer = copy.copy(parts.sequencer)
+    sequencer.layout = dataclasses.replace(sequencer.layout, queries=queries)
     parts = dataclasses.replace(parts, process=process_from(process=process), sequencer=sequencer)
     first, *others = sample.settings(parts)
     assert first.name == sample.BASELINE and not first.cache
