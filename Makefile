@@ -28,6 +28,8 @@ quickstart: export MALLOC_ARENA_MAX = 1
 # Every command keeps what is already done and goes on from there.
 quickstart: $(VENV)/installed-data,eval
 	$(BIN)/unifluid data build easy_vqa openmoji
+	test -d $(RUN)_initial || $(BIN)/unifluid convert --config=experiments/quickstart.py \
+		--siglip=unifluid_jax/assets/siglip_small --out=$(RUN)_initial
 	$(BIN)/unifluid train --config=experiments/quickstart.py --workdir=$(RUN)
 	$(BIN)/unifluid evaluate --workdir=$(RUN)
 

@@ -10,8 +10,8 @@ the largest resident set that the kernel saw (`ru_maxrss`), and what it had when
 imported is given beside it. When a checkpoint is loaded, a CPU's "device memory" is host memory
 too: the parameters themselves are subtracted, and what remains is the host's share.
 
-The bound is 1.3 x the largest tensor of the files + 1 GB, beyond nothing: Python's and JAX's own
-megabytes are inside.
+The bound is 1.3 x the largest tensor of the files + 1 GB; Python's and JAX's own megabytes count.
+--depth cuts layers off where disk or patience are short: docs/conversion.md has what was measured.
 """
 
 import json

@@ -30,7 +30,7 @@ def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:
     )
     config.optim = ConfigDict(
         {
-            "lr": 2e-3,
+            "lr": 5e-3,  # for the quickstart's small model; Gemma's size bears 1e-4 to 5e-4
             "warmup_steps": 5 if debug else 20,
             "decay": "cosine",
             "decay_steps": -1,

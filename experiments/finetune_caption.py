@@ -5,7 +5,7 @@
 
 With captions of your own: as in finetune_vqa.py, and docs/finetuning.md.
 
-Expected: TODO
+Expected: not measured beyond the first steps; docs/finetuning.md has what finetune_vqa.py gives.
 
 Arguments: `base` (workdir of a run or of `unifluid convert`, or an exported model), `data` (name of
 a data set), `split` and `test` (of it, to learn and to be scored on), `rank`, `steps`, `debug` (a

@@ -8,7 +8,8 @@ On a folder of your own pictures, questions and answers:
     unifluid data import my_pictures
     unifluid train --config=experiments/finetune_vqa.py:data=my_pictures --workdir=runs/my_questions
 
-Expected: TODO
+Expected: on a question that the quickstart's model has not learned, accuracy 0.448 after 60 steps
+(before: 0); on easy-vqa's own, which it has learned, no gain. docs/finetuning.md says more.
 
 Arguments: `base` (workdir of a run or of `unifluid convert`, or an exported model), `data` (name of
 a data set), `split` and `test` (of it, to learn and to be scored on), `rank`, `steps`, `debug` (a

@@ -38,7 +38,7 @@ def test_its_configs_are_made(base):
         path = path.replace("base=runs/quickstart,", "").replace(":base=runs/quickstart", "")
         config = configs.load(f"{path}{',' if ':' in path else ':'}base={base}")
         (entry,) = config.input.mixture
-        assert entry["dataset"] == ("my_pictures" if "my_" in path else "easy_vqa")
+        assert entry["dataset"] == (re.findall(r"[:,]data=(\w+)", path) or ["easy_vqa"])[0]
         if "split=" in path:
             assert entry["split"] == "train[:90%]"
             assert config.evals.vqa.split == "train[90%:]"

@@ -13,6 +13,7 @@ behind is never taken for a checkpoint.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -332,9 +333,11 @@ def _read_arrays(folder: epath.Path, abstract: Tree, whole: bool) -> Tree:
         partial_restore=not whole,
     )
     # Orbax would read everything at once; it refuses to read less at once than it needs for a part
-    # of one array, which is at most all of it.
-    largest = max(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(abstract))
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    # of one array, which is at most all of it and what its last pieces are filled up with.
+    sizes = (x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(abstract))
+    largest = max(sizes, default=0)
+    gigabytes = math.ceil(0.5 + 1.05 * largest / 1e9)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
     try:
         return handler.restore(folder, args=arguments)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""A trained SigLIP: pictures against captions, and its vision tower as files.
+"""A trained SigLIP: pictures against captions.
 
-The files are Hugging Face's layout of a SigLIP vision tower (`config.json`, `model.safetensors`),
-what `config.init.siglip` of a UniFluid reads, of ours or of a released one.
+What is left of it in a UniFluid is its vision tower: `unifluid convert --to=siglip` takes it out of
+a run, `unifluid convert --siglip=...` brings it in.
 """
 
 import dataclasses

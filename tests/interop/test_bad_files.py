@@ -231,6 +231,18 @@ def test_torch_files_are_read(tmp_path):
         assert (arrays["layers/up"][1] == weights()[LAYER.format(1, "up")].T).all()
 
 
+def test_torch_files_with_an_index(tmp_path):
+    arrays = weights()
+    names = sorted(arrays)
+    for file, part in (("a.bin", names[:2]), ("b.bin", names[2:])):
+        torch_file.save(tmp_path / file, {n: arrays[n] for n in part})
+    index = {"weight_map": {n: "a.bin" if n in names[:2] else "b.bin" for n in names}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert (convert(tmp_path)["layers/up"][1] == arrays[LAYER.format(1, "up")].T).all()
+    (tmp_path / "b.bin").unlink()
+    refused(tmp_path, tmp_path / "b.bin", "is missing", names[2])
+
+
 def test_torch_tensors_that_do_not_lie_in_order(tmp_path):
     x = np.arange(12, dtype=np.float32)
     torch_file.save(tmp_path / "t.ckpt", {"x": x.reshape(3, 4)}, strides=(1, 3))
