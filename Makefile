@@ -2,6 +2,9 @@
 # make test         lint and tests
 # make test-interop the parity tests that need other code bases installed, in .venv-interop (3 GB)
 # make test-faults  breaks training runs in a hundred ways and compares what comes out   (half an hour)
+# make test-slow    the tests that take minutes each: the notebooks
+# make test-demo    drives the demo in headless Chromium; DEMO_MODEL=... and SCREENSHOTS=docs for the
+#                   README's pictures
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
@@ -17,7 +20,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test test-interop test-faults lint clean
+.PHONY: quickstart test test-slow test-demo test-interop test-faults lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -41,6 +44,14 @@ test-interop: $(INTEROP)/installed
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/python tests/faults.py --faults=100
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+test-demo: export DEMO_MODEL := $(DEMO_MODEL)
+test-demo: export SCREENSHOTS := $(SCREENSHOTS)
+test-demo: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m demo tests/test_demo_browser.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

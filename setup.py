@@ -38,20 +38,26 @@ DATA = [
 # CIDEr's scorer, 104 MB: the wheel holds METEOR's and SPICE's Java archives too, which stay unused.
 EVAL = ["pycocoevalcap>=1.2"]
 
+DEMO = ["gradio>=6"]
+
 EXTRAS = {
     "cuda": ["jax[cuda]>=0.11.1,<0.13"],
     "data": DATA,
-    "demo": ["gradio>=6"],
+    "demo": DEMO,
     "docs": ["matplotlib>=3.10"],
     "eval": EVAL,
     # Later ones need protobuf 7 to read a model, and gemma's dependencies keep protobuf at 6.
     "gemma": ["gemma>=4.0", "sentencepiece<0.2.2"],
     "test": [
         "beartype>=0.22.2",
+        "ipykernel>=7",
+        "nbclient>=0.10",
         "pytest>=8.4",
         "pytest-xdist>=3.8",
         "ruff>=0.14,<0.18",
+        "selenium>=4.30",
         *DATA,
+        *DEMO,
         *EVAL,
     ],
     "tpu": ["jax[tpu]>=0.11.1,<0.13"],
@@ -63,7 +69,7 @@ setup(
     description="UniFluid in JAX: one autoregressive model reads and draws, with continuous tokens",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
-    packages=find_packages(include=["unifluid_jax*", "data*", "experiments*"]),
+    packages=find_packages(include=["unifluid_jax*", "benchmarks*", "data*", "experiments*"]),
     package_data={"unifluid_jax": ["assets/**/*"], "data": ["**/*.md", "**/*.json", "**/*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,28 +1,21 @@
 """What the finetuning experiments share: the model of a checkpoint, and LoRA's adapters for it."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint
-from unifluid_jax.interop import unifluid
+from unifluid_jax import inference
 
 
 def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:
     """The config of a model to be finetuned: its parts as they are, its training ours.
 
     Args:
-        base: workdir of a run, of `unifluid convert`, or an exported model.
+        base: workdir of a run, of `unifluid convert`, or an exported model, also by name.
         rank: of the adapters.
 
     Raises:
         UserError: there is no model.
     """
-    path = Path(base)
-    stored = (
-        unifluid.read_config(path) if unifluid.is_folder(path) else checkpoint.stored_config(path)
-    )
-    config = ConfigDict(stored.to_dict())
+    config = ConfigDict(inference.stored_config(base).to_dict())
     config.seed = 0
     config.data_dir = "data_cache"
     config.init_from = base

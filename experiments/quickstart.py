@@ -15,7 +15,8 @@ What else differs, and why, is said at each field.
 Expected: 14 minutes on two cores; the README has the scores.
 
 Arguments: `steps`, `order` ("random" or "raster"), `process` ("flow" or "ddpm"; the second is MAR's
-and takes about twice the steps to make tokens agree with each other), `debug` (a CPU minute).
+and takes about twice the steps to make tokens agree with each other), `queries` (a model that can
+draw several tokens at once: `unifluid benchmark sample` measures it), `debug` (a CPU minute).
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=2900, order="random", process="flow", debug=False)
+    arg = parse_arg(arg, steps=2900, order="random", process="flow", queries=False, debug=False)
     width = 32 if arg.debug else 128
     config = ConfigDict()
     config.task = "unifluid"
@@ -70,6 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.position_init = 1.0
     config.model.target_in_head = True
     config.model.bidirectional_prefix = False
+    config.model.queries = arg.queries
 
     if arg.process == "ddpm":
         config.diffusion = ConfigDict({"process": "ddpm", "learned_variance": False})
@@ -83,13 +85,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.input = ConfigDict(
         {
             "batch_size": 8,
-            "seq_len": 128,
+            # As many pictures a row either way: queries double the length of one.
+            "seq_len": 192 if arg.queries else 128,
             "max_images": 2,
             "max_text_targets": 24,
             "max_image_targets": 64,
             "max_prompt_tokens": 20,
             "order": arg.order,
             "text_drop": 0.1,
+            "source_drop": 0.0,  # 0.05 for guidance by the source of an edit
             "edit_vision": False,  # the latents show all that a recolouring needs, in less length
             "edit_latents": True,
             "streams": 1,

@@ -16,6 +16,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of a small test's time is compilation; the programs themselves run in milliseconds either
 # way.
 jax.config.update("jax_disable_most_optimizations", True)
+# Nothing of a test stays in the home of who runs it.
+jax.config.update("jax_enable_compilation_cache", False)
 # Production runs unchecked; this hook is the one switch.
 jaxtyping.install_import_hook("unifluid_jax", "beartype.beartype")
 

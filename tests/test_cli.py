@@ -172,7 +172,7 @@ def unifluid(*arguments: str) -> tuple[int, str, str]:
 def test_unifluid_lists_its_commands_without_importing_jax(arguments):
     code, out, _ = unifluid(*arguments)
     assert code == 0
-    for name, text in __main__.COMMANDS.items():
+    for name, text in [*__main__.COMMANDS.items(), *__main__.BENCHMARKS.items()]:
         assert f"  {name} " in out and text in out
 
 
@@ -180,6 +180,14 @@ def test_unifluid_names_the_nearest_command():
     code, out, err = unifluid("evalute")
     assert (code, out) == (2, "")
     assert err == 'error: unknown command "evalute" (did you mean "evaluate"?)\n'
+
+
+def test_unifluid_names_the_nearest_benchmark():
+    code, out, err = unifluid("benchmark", "smaple")
+    assert (code, out) == (2, "")
+    assert err == 'error: unknown benchmark "smaple" (did you mean "sample"?)\n'
+    known = ", ".join(sorted(__main__.BENCHMARKS))
+    assert unifluid("benchmark")[2] == f'error: unknown benchmark "" (known: {known})\n'
 
 
 def test_unifluid_knows_its_version():

@@ -1,4 +1,4 @@
-"""Diffusion: exact constants, slow float64 twins, samplers against analytic targets."""
+"""Diffusion: exact constants, losses against slow float64 twins."""
 
 import math
 
@@ -7,27 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.gaussian import FIXED, alpha_bars
 from unifluid_jax import diffusion
-from unifluid_jax.diffusion import DDIM, DDPM, Ancestral, Euler, Flow
+from unifluid_jax.diffusion import DDPM, Flow
 from unifluid_jax.errors import UserError
-
-FIXED = DDPM(learned_variance=False)
-MEAN, STD = 0.7, 0.4  # of the Gaussian target whose best denoiser is known in closed form
-
-
-def keys(count, seed=0):
-    return jax.random.split(jax.random.key(seed), count)
-
-
-def alpha_bars(steps=1000):
-    """A slow twin: one step after another, plain Python floats."""
-    product, result = 1.0, []
-    for i in range(steps):
-        start = math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        end = math.cos(((i + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        product *= 1 - min(1 - end / start, 0.999)
-        result.append(product)
-    return np.array(result)
 
 
 def posterior(indices, s, x, noisy):
@@ -40,27 +23,6 @@ def posterior(indices, s, x, noisy):
         math.sqrt(before) * x / (1 - before) + math.sqrt(alpha) * noisy / (1 - alpha)
     ) / precision
     return mean, 1 / precision
-
-
-def gaussian_noise_predictor(logit=None):
-    """E[noise | x_t] for tokens of N(MEAN, STD^2); `logit` fills the variance logits."""
-    bars = jnp.asarray(alpha_bars(), jnp.float32)
-
-    def predict(x, t):
-        bar = bars[t.astype(int)]
-        bar = bar[..., None] if bar.ndim else bar
-        gain = jnp.sqrt(1 - bar) / (bar * STD**2 + 1 - bar)
-        noise = gain * (x - jnp.sqrt(bar) * MEAN)
-        return noise if logit is None else jnp.concatenate([noise, jnp.full_like(x, logit)], -1)
-
-    return predict
-
-
-def gaussian_velocity(x, t):
-    """E[noise - x | x_t] for tokens of N(MEAN, STD^2)."""
-    t = t / 1000
-    gain = (t - (1 - t) * STD**2) / ((1 - t) ** 2 * STD**2 + t**2)
-    return -MEAN + gain * (x - (1 - t) * MEAN)
 
 
 def test_alpha_bar_numbers():
@@ -267,228 +229,13 @@ def test_the_draws_of_a_token_are_spread_over_the_times():
     assert single.mean() == pytest.approx(0.5, abs=0.01) and 0 < single.min() < single.max() < 1
 
 
-def best_reverse_predictor(steps):
-    """The best noise and variance logits for N(MEAN, STD^2) on the chain respaced to `steps`."""
-    indices = diffusion.respaced(1000, steps)
-    bars = alpha_bars()[indices]
-    before = np.append(1, bars[:-1])
-    beta = 1 - bars / before
-    least = beta * (1 - before) / (1 - bars)
-    least[0] = least[1]
-    # Var(x_before | x_t) = E Var(. | x, x_t) + Var E(. | x, x_t), the second by Var(x | x_t).
-    unknown = STD**2 * (1 - bars) / (bars * STD**2 + 1 - bars)
-    variance = least + (beta * np.sqrt(before) / (1 - bars)) ** 2 * unknown
-    fraction = np.log(variance / least) / np.log(beta / least)
-    logits = np.zeros(1000, np.float32)
-    logits[indices] = 2 * fraction - 1
-    noise = gaussian_noise_predictor()
-    return lambda x, t: jnp.concatenate(
-        [noise(x, t), jnp.full_like(x, jnp.asarray(logits)[t.astype(int)])], axis=-1
-    )
-
-
-@pytest.mark.parametrize(
-    ("sampler", "predict", "tolerance"),
-    [
-        # With the right variance the reverse steps are exact, however few.
-        (Ancestral(DDPM(), 15), best_reverse_predictor(15), 0.02),
-        # The posterior's variance is the least there is: samples come out a little narrow.
-        (Ancestral(FIXED, 250), gaussian_noise_predictor(), 0.06),
-        (DDIM(FIXED, 100), gaussian_noise_predictor(), 0.03),
-        (Euler(Flow(), 100), gaussian_velocity, 0.03),
-    ],
-    ids=["learned", "fixed", "ddim", "euler"],
-)
-def test_samples_of_the_best_network_have_the_target_distribution(sampler, predict, tolerance):
-    x = np.asarray(jax.jit(lambda key: sampler(key, predict, 4))(keys(5000)))
-    assert x.shape == (5000, 4) and x.dtype == np.float32
-    np.testing.assert_allclose(x.mean(0), MEAN, atol=0.02)
-    np.testing.assert_allclose(x.std(), STD, rtol=tolerance)
-    np.testing.assert_allclose(np.corrcoef(x.T) - np.eye(4), 0, atol=0.06)
-
-
-def test_learned_variance_spans_its_range():
-    """v = -1 is the posterior's variance, v = 1 the forward step's."""
-
-    @jax.jit
-    def width(key, logit):
-        return Ancestral(DDPM(), 20)(key, gaussian_noise_predictor(logit), 2).std()
-
-    fixed = Ancestral(FIXED, 20)(keys(2000), gaussian_noise_predictor(), 2).std()
-    widths = [width(keys(2000), logit) for logit in (-1.0, 0.0, 1.0)]
-    np.testing.assert_allclose(widths[0], fixed, rtol=1e-5)
-    assert widths[0] < widths[1] < widths[2]
-
-
-def ancestral_by_hand(key, predict, dim, steps, temperature):
-    """A slow twin of `Ancestral`: a Python loop over textbook formulas, float64."""
-    indices = diffusion.respaced(1000, steps)
-    bars = alpha_bars()[indices]
-    draw = lambda k, i: np.float64(jax.random.normal(jax.random.fold_in(k, i), (dim,)))  # noqa: E731
-    x = np.stack([draw(k, 0) for k in key])
-    for s in reversed(range(steps)):
-        out = np.float64(predict(jnp.float32(x), jnp.float32(indices[s])))
-        noise, fraction = out[:, :dim], (out[:, dim:] + 1) / 2
-        before = bars[s - 1] if s else 1.0
-        beta = 1 - bars[s] / before
-        x = (x - beta / np.sqrt(1 - bars[s]) * noise) / np.sqrt(1 - beta)
-        if s:
-            least = beta * (1 - before) / (1 - bars[s])
-            std = np.exp(0.5 * (fraction * np.log(beta) + (1 - fraction) * np.log(least)))
-            x += temperature * std * np.stack([draw(k, s + 1) for k in key])
-    return x
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_ancestral_against_slow_twin(temperature):
-    predict = lambda x, t: gaussian_noise_predictor(0.3)(x, t) + 0.01 * jnp.sin(5 * jnp.tile(x, 2))  # noqa: E731
-    sampler = Ancestral(DDPM(), 12)
-    fast = jax.jit(lambda key: sampler(key, predict, 3, temperature))(keys(4))
-    slow = ancestral_by_hand(keys(4), predict, 3, 12, temperature)
-    np.testing.assert_allclose(fast, slow, rtol=1e-3, atol=1e-3)
-
-
-def test_ddim_at_eta_one_is_ancestral():
-    predict = gaussian_noise_predictor()
-    one = Ancestral(FIXED, 30)(keys(6), predict, 3)
-    other = DDIM(FIXED, 30, eta=1.0)(keys(6), predict, 3)
-    np.testing.assert_allclose(one, other, atol=1e-3)
-
-
-def test_euler_against_slow_twin():
-    x = np.stack([np.float64(jax.random.normal(jax.random.fold_in(k, 0), (3,))) for k in keys(4)])
-    times = np.linspace(1, 0, 8)
-    for now, after in zip(times[:-1], times[1:], strict=True):
-        x = x + (after - now) * gaussian_velocity(x, 1000 * now)
-    np.testing.assert_allclose(Euler(Flow(), 7)(keys(4), gaussian_velocity, 3), x, atol=1e-5)
-
-
-SAMPLERS = [
-    (Ancestral(DDPM(), 10), gaussian_noise_predictor(0.0)),
-    (DDIM(DDPM(), 10, eta=0.5), gaussian_noise_predictor(0.0)),
-    (Euler(Flow(), 10), gaussian_velocity),
-]
-each_sampler = pytest.mark.parametrize(
-    ("sampler", "predict"), SAMPLERS, ids=lambda value: getattr(type(value), "__name__", "")
-)
-
-
-@each_sampler
-def test_a_row_depends_on_its_key_alone(sampler, predict):
-    run = jax.jit(lambda key: sampler(key, predict, 4))
-    together = run(keys(6))
-    alone = jnp.concatenate([run(key[None]) for key in keys(6)])
-    np.testing.assert_allclose(together, alone, atol=1e-5)
-    shuffled = run(keys(6)[::-1].reshape(2, 3))
-    np.testing.assert_allclose(shuffled.reshape(6, 4)[::-1], together, atol=1e-5)
-    assert len(np.unique(np.asarray(together))) == together.size
-
-
-@each_sampler
-def test_temperature(sampler, predict):
-    """One compiled program for every temperature, also one per row; at 0 no noise is injected."""
-    traces = []
-
-    @jax.jit
-    def run(key, temperature):
-        traces.append(1)
-        return sampler(key, predict, 4, temperature)
-
-    cold, warm = run(keys(3), 0.0), run(keys(3), 1.0)
-    assert len(traces) == 1
-    assert np.max(np.abs(cold - warm)) > 0.1
-    np.testing.assert_allclose(warm, sampler(keys(3), predict, 4), atol=1e-5)
-    mixed = run(keys(3), jnp.array([0.0, 1.0, 0.0]))
-    np.testing.assert_allclose(mixed, jnp.stack([cold[0], warm[1], cold[2]]), atol=1e-5)
-    np.testing.assert_array_equal(run(keys(3), 0.0), cold)
-
-
-def test_cold_ancestral_sampling_draws_only_the_first_noise(monkeypatch):
-    sampler, predict = SAMPLERS[0]
-    cold = sampler(keys(3), predict, 4, 0.0)
-    original = diffusion._row_noise
-    monkeypatch.setattr(
-        diffusion,
-        "_row_noise",
-        lambda key, i, dim: original(key, i, dim) * (1 if isinstance(i, int) else 7),
-    )
-    np.testing.assert_array_equal(sampler(keys(3), predict, 4, 0.0), cold)
-    assert np.max(np.abs(sampler(keys(3), predict, 4, 1.0) - cold)) > 0.1
-
-
-def test_clip_bounds_the_clean_token():
-    """A wrong noise at the end of the chain is amplified by 1 / sqrt(alpha-bar)."""
-    wrong = lambda x, t: gaussian_noise_predictor()(x, t) + 0.05  # noqa: E731
-    free = DDIM(FIXED, 10)(keys(200), wrong, 2)
-    clipped = DDIM(FIXED, 10, clip=3.0)(keys(200), wrong, 2)
-    assert np.abs(free).max() > 50
-    assert np.abs(clipped).max() <= 3
-    right = gaussian_noise_predictor()
-    np.testing.assert_allclose(
-        DDIM(FIXED, 10, clip=100.0)(keys(50), right, 2),
-        DDIM(FIXED, 10)(keys(50), right, 2),
-        atol=1e-3,
-    )
-
-
-def test_guidance():
-    """u + w (c - u) on the noise; the conditional's variance; w traced, also per row."""
-    seen = []
-
-    def both(x_1NC, t):
-        seen.append((x_1NC.shape, t.shape))
-        conditional = jnp.concatenate([2 * x_1NC, jnp.full_like(x_1NC, 0.5)], axis=-1)
-        unconditional = jnp.concatenate([x_1NC, jnp.full_like(x_1NC, -0.5)], axis=-1)
-        return jnp.concatenate([conditional, unconditional])
-
-    x, t = jnp.ones((4, 3)), jnp.float32(7)
-    for guidance, noise in [(1.0, 2.0), (0.0, 1.0), (3.0, 4.0)]:
-        out = diffusion.guided(both, guidance, 3)(x, t)
-        np.testing.assert_allclose(out[:, :3], noise)
-        np.testing.assert_allclose(out[:, 3:], 0.5)
-    assert set(seen) == {((1, 4, 3), ())}
-    rows = jnp.array([0.0, 1.0, 2.0, 3.0])
-    out = jax.jit(lambda w: diffusion.guided(both, w, 3)(x, t))(rows)
-    np.testing.assert_allclose(out[:, 0], 1 + rows)
-
-
-def test_guided_sampling_at_one_is_conditional_sampling():
-    conditional = gaussian_noise_predictor(0.0)
-
-    def both(x_1NC, t):
-        out = conditional(x_1NC, t)
-        return jnp.concatenate([out, -3 * out])
-
-    sampler = Ancestral(DDPM(), 10)
-    plain = sampler(keys(4), conditional, 3)
-    at_one = sampler(keys(4), diffusion.guided(both, 1.0, 3), 3)
-    np.testing.assert_allclose(plain, at_one, atol=1e-3)
-
-
-def test_guidance_schedules():
-    fraction = jnp.arange(1, 5) / 4
-    np.testing.assert_allclose(diffusion.guidance_at("constant", 5.0, fraction), 5)
-    linear = diffusion.guidance_at("linear", 5.0, fraction)
-    np.testing.assert_allclose(linear, [2, 3, 4, 5])
-    with pytest.raises(UserError, match="choose constant or linear"):
-        diffusion.guidance_at("cosine", 5.0, fraction)
-
-
 def test_construction_from_configs():
     process = diffusion.process_from(process="ddpm", vlb_weight=0.5)
     assert process == DDPM(vlb_weight=0.5)
-    assert diffusion.sampler_from(process, steps=10) == Ancestral(process, 10)
-    assert diffusion.sampler_from(process, "ddim", eta=0.1) == DDIM(process, eta=0.1)
-    assert diffusion.sampler_from(Flow(), steps=5) == Euler(Flow(), 5)
     assert DDPM().outputs(16) == 32 and DDPM(learned_variance=False).outputs(16) == 16
     assert Flow().outputs(16) == 16
+    assert DDPM(steps=50).duration == 50 and Flow().duration == 1000
     with pytest.raises(UserError, match="'edm' here: choose one of ddpm, flow"):
         diffusion.process_from("edm")
     with pytest.raises(UserError, match="'flow' has no option vlb_weight: it has logit_mean"):
         diffusion.process_from("flow", vlb_weight=1.0)
-    with pytest.raises(UserError, match="'ddim' here: choose one of euler"):
-        diffusion.sampler_from(Flow(), "ddim")
-    with pytest.raises(UserError, match="'euler' has no option eta: it has steps"):
-        diffusion.sampler_from(Flow(), eta=0.0)
-    with pytest.raises(UserError, match="set 1 or more"):
-        Euler(Flow(), 0)(keys(1), gaussian_velocity, 2)

@@ -122,4 +122,5 @@ def test_a_run_without_evaluations_or_checkpoints_is_named(program, workdir, tmp
     assert (code, err) == (2, "error: config.evals is empty: there is nothing to score\n")
     code, _, err = program(f"--workdir={tmp_path}")
     assert code == 2 and err.startswith(f"error: no checkpoint in {tmp_path}: give the workdir")
-    assert program() == (2, "", "error: --workdir is missing: Run to score.\n")
+    said = "Run to score, exported folder or name of a shipped model."
+    assert program() == (2, "", f"error: --workdir is missing: {said}\n")

@@ -1,20 +1,23 @@
 """The Python interface: what goes in, what comes out, what it depends on, what it refuses."""
 
 import dataclasses
-import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import unifluid_jax
 from tests import worlds
-from unifluid_jax import checkpoint, decode, inference
+from unifluid_jax import checkpoint, decode_image, inference, sharding
 from unifluid_jax import config as configs
+from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import make_sequencer
 from unifluid_jax.input.records import resized
+from unifluid_jax.settings import Writing
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +39,27 @@ def draws(model, monkeypatch):
     """Replaces the decoding of images by a plain function of key and order; keeps its arguments."""
     calls = []
 
-    def images(functional, params, prefix, twin, order, key, guidance, temperature, **static):
+    def images(functional, params, rows, order, key, guidance, temperature, given, **static):
+        branches = [
+            {name: x[i : i + len(order)] for name, x in rows.items() if name != "images"}
+            for i in range(0, len(rows["tokens"]), len(order))
+        ]
+        prefix, twin = (*branches, None)[:2]
+        prefix["images"] = rows["images"]
         calls.append(
-            {"prefix": prefix, "twin": twin, "order": order, "guidance": guidance, **static}
+            {
+                "prefix": prefix,
+                "twin": twin,
+                "order": order,
+                "guidance": guidance,
+                "given": given,
+                **static,
+            }
         )
         draw = jax.vmap(lambda k: jax.random.normal(k, (4, worlds.VAE.token_dim)))
         return draw(key) + 0.1 * order[..., None]
 
-    monkeypatch.setattr(decode, "images", images)
+    monkeypatch.setattr(decode_image, "images", images)
     return calls
 
 
@@ -109,7 +125,6 @@ def test_an_edit_sees_its_source_as_the_config_says(model, draws, vision, latent
     source = resized(picture(0), 16)
     assert call["prefix"]["images"].shape[1] == vision
     assert all(np.array_equal(image, source) for image in call["prefix"]["images"][0])
-    np.testing.assert_array_equal(call["twin"]["images"], call["prefix"]["images"])
     images = model.parts.images
     seen = (images.encode(source[None])[0][0] - images.channel_mean) / images.channel_std
     fed = call["prefix"]["latent_mean"][0]
@@ -120,7 +135,7 @@ def test_an_edit_sees_its_source_as_the_config_says(model, draws, vision, latent
 
 def test_pictures_are_the_decoded_raw_tokens(model, draws, monkeypatch):
     tokens = np.random.default_rng(0).normal(size=(2, 4, 32)).astype(np.float32)
-    monkeypatch.setattr(decode, "images", lambda *args, **kwargs: tokens)
+    monkeypatch.setattr(decode_image, "images", lambda *args, **kwargs: jnp.asarray(tokens))
     images = model.parts.images
     expected = images.decode(tokens * images.channel_std + images.channel_mean)
     assert_same(model.generate(["a", "b"]), list(expected))
@@ -153,7 +168,7 @@ def test_guidance_1_needs_no_twin(model, draws):
     model.generate("a red circle", guidance=1.0)
     model.generate("a red circle", guidance=3.0)
     free, guided = draws
-    assert free["twin"] is None and guided["guidance"] == 3
+    assert free["twin"] is None and guided["guidance"] == (3,)
     null = model.parts.sequencer.layout.null
     assert (guided["prefix"]["tokens"] != null).all()
     count = len(model.parts.sequencer.text.encode("a red circle"))
@@ -168,12 +183,13 @@ def test_guidance_and_temperature_change_the_picture(model):
 
 
 def test_settings_left_out_come_from_the_config(model):
-    assert model.drawing() == model.drawing(2.0, 2, 1.0, "random")
+    assert model.drawing() == model.drawing(guidance=2.0, steps=2, temperature=1.0, order="random")
     other = changed(model, **{"sampling.order": "raster", "sampling.guidance": 1.0})
     assert other.drawing().order == "raster" and other.drawing().guidance == 1
-    assert model.drawing(steps=5).sampler.steps == 5
-    assert model.writing() == decode.TextSampling(0.0, 0, 1.0)
-    assert model.writing(1.0, 2, 1.0) == decode.TextSampling(1.0, 2, 1.0)
+    assert model.drawing(steps=5).how.sampler.steps == 5
+    assert model.writing() == Writing(TextSampling(0.0, 0, 1.0), 1, 1.0)
+    hot = model.writing(temperature=1.0, top_k=2)
+    assert hot == Writing(TextSampling(1.0, 2, 1.0), 1, 1.0)
 
 
 # --- text ---
@@ -214,67 +230,82 @@ def test_images_paths_and_arrays_are_one(model, tmp_path):
     assert len(model.caption(np.stack([array, array]))) == 2
 
 
-def test_to_array_knows_grey_alpha_palettes_and_cmyk():
-    grey = np.array([[0, 200]], np.uint8)
-    for given in (grey, grey[..., None], Image.fromarray(grey)):
-        np.testing.assert_array_equal(inference.to_array(given)[0], [[0] * 3, [200] * 3])
-    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], np.uint8)
-    expected = [[10, 20, 30], [255] * 3, [204] * 3]
-    for given in (rgba, Image.fromarray(rgba)):
-        np.testing.assert_array_equal(inference.to_array(given)[0], expected)
-    palette = Image.fromarray(rgba[..., :3]).convert("P", palette=Image.Palette.ADAPTIVE)
-    palette.info["transparency"] = palette.getpixel((2, 0))
-    np.testing.assert_array_equal(inference.to_array(palette)[0, 2], [255] * 3)
-    cmyk = Image.fromarray(rgba[..., :3]).convert("CMYK")
-    np.testing.assert_array_equal(inference.to_array(cmyk)[0, 0], [10, 20, 30])
+# --- inpainting ---
+
+MASK = np.kron(np.array([[False, True], [False, False]]), np.ones((8, 8), bool))
 
 
-def test_a_photo_is_turned_as_its_exif_says():
-    upright = picture(0)
-    turned = Image.fromarray(np.rot90(upright))  # a quarter to the left
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter to the right
-    file = io.BytesIO()
-    turned.save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(inference.to_array(Image.open(file)), upright)
+def test_inpainting_keeps_what_is_not_masked_to_the_bit(model):
+    source = picture(0)
+    first, second = model.inpaint(source, MASK, "a red circle", n=2, seed=1)
+    shown = resized(source, 16)
+    for drawn in (first, second):
+        np.testing.assert_array_equal(np.asarray(drawn)[~MASK], shown[~MASK])
+    assert np.any(np.asarray(first)[MASK] != np.asarray(second)[MASK])
+    assert np.any(np.asarray(first)[MASK] != shown[MASK])
+    (again,) = model.inpaint([source], [MASK], ["a red circle"], seed=1)
+    assert_same([again], [first], tolerance=1)
 
 
-@pytest.mark.parametrize(
-    ("array", "shown"),
-    [
-        (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]"),
-        (np.zeros((4, 4, 2), np.uint8), r"uint8 \[4, 4, 2\]"),
-        (np.zeros((0, 4, 3), np.uint8), r"uint8 \[0, 4, 3\]"),
-        (np.zeros(4, np.uint8), r"uint8 \[4\]"),
-        (np.zeros((2, 2, 4, 4, 3), np.uint8), r"uint8 \[2, 2, 4, 4, 3\]"),
-    ],
-)
-def test_an_array_that_is_no_picture_is_described(model, array, shown):
-    with pytest.raises(UserError, match=f"an array of {shown} is no picture: give uint8"):
-        model.caption(array)
+def test_what_is_kept_is_given_to_the_model_first(model, draws):
+    model.inpaint(picture(0), [MASK, MASK | MASK.T], "a")
+    (call,) = draws
+    given, order = call["given"], call["order"]
+    np.testing.assert_array_equal(given.count_B, [3, 2])
+    for row, redrawn in enumerate(({1}, {1, 2})):
+        assert set(order[row, int(given.count_B[row]) :].tolist()) == redrawn
+    images, source = model.parts.images, resized(picture(0), 16)
+    tokens = (images.encode(source[None])[0][0] - images.channel_mean) / images.channel_std
+    np.testing.assert_allclose(given.tokens_BNC[0], tokens, rtol=1e-5)
+    fed = call["prefix"]["latent_mean"][0]
+    start = int((call["prefix"]["segment"][0] > 0).sum()) - 4
+    np.testing.assert_allclose(fed[start : start + 3], tokens[order[0, :3]], rtol=1e-5)
 
 
-def test_pictures_that_cannot_be_read_are_named(model, tmp_path):
-    with pytest.raises(UserError, match='no picture ".*none.png": no such file'):
-        model.caption(tmp_path / "none.png")
-    text, cut = tmp_path / "text.png", tmp_path / "cut.png"
-    text.write_text("no picture")
-    Image.fromarray(picture(0, 200, 200)).save(cut)
-    cut.write_bytes(cut.read_bytes()[:3000])
-    for path in (text, cut, tmp_path):
-        with pytest.raises(UserError, match=f'"{path}" cannot be read as a picture: ') as error:
-            model.caption(path)
-        assert "\n" not in str(error.value)
-    with (
-        Image.open(cut) as opened,
-        pytest.raises(UserError, match="a picture cannot be read as a picture: "),
-    ):
-        model.caption(opened)
-    deep = Image.fromarray(np.zeros((4, 4), np.uint16))
-    deep.save(tmp_path / "deep.png")
-    for given in (deep, tmp_path / "deep.png"):
-        with pytest.raises(UserError, match="mode I;16 has more than 8 bits: convert it to RGB"):
-            model.caption(given)
+# --- streams ---
+
+
+def test_a_stream_of_pictures_ends_with_the_pictures(model):
+    frames = list(model.stream("generate", ["a red circle", "a"], n=1, seed=3))
+    assert len(frames) == 5 and {len(frame) for frame in frames} == {2}
+    assert_same(frames[-1], model.generate(["a red circle", "a"], seed=3), tolerance=1)
+    grey = [sum(np.isin(x, (225, 200)).all(axis=2).sum() // 64 for x in arrays(frame))
+            for frame in frames]  # fmt: skip
+    assert grey == [8, 6, 4, 2, 0]
+    # What is once made stays, but for what the image tokenizer makes of its neighbours.
+    (start, *_, end) = model.stream("inpaint", picture(0), MASK, "a", seed=1)
+    assert np.isin(np.asarray(start[0])[MASK], (225, 200)).all()
+    np.testing.assert_array_equal(np.asarray(start[0])[~MASK], np.asarray(end[0])[~MASK])
+    assert_same(end, model.inpaint(picture(0), MASK, "a", seed=1), tolerance=1)
+
+
+def test_pieces_of_text_join_to_the_text(model):
+    image = picture(1)
+    pieces = list(model.stream("answer", image, "what?", temperature=2.0, seed=3))
+    assert "".join(pieces) == model.answer(image, "what?", temperature=2.0, seed=3)[0]
+    assert len(pieces) > 1 and all(pieces)
+    assert list(model.stream("generate", [])) == []
+    with pytest.raises(UserError, match="a stream of text is of one picture and one question"):
+        model.stream("caption", [image, image])
+    with pytest.raises(UserError, match='no method "captoin" .did you mean "caption"'):
+        model.stream("captoin", image)
+
+
+# --- devices ---
+
+
+def test_eight_devices_give_what_one_gives(model):
+    mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    where = sharding.shardings(model.parts.model.axes, model.params, mesh)
+    parts = dataclasses.replace(
+        model.parts, images=model.parts.images.placed(sharding.replicated(mesh))
+    )
+    spread = inference.Model(parts, jax.device_put(model.params, where))
+    prompts = ["a red circle", "a", "a blue square"]
+    assert_same(spread.generate(prompts, seed=2), model.generate(prompts, seed=2), tolerance=1)
+    questions = ["what?", "which color is it?", "is it red?"]
+    for image in (picture(0), [picture(0), picture(1), picture(2)]):
+        assert spread.answer(image, questions) == model.answer(image, questions)
 
 
 # --- mistakes ---
@@ -298,12 +329,21 @@ LONG = "one two three four five six seven eight nine ten eleven twelve"
         (lambda m: m.generate("a", temperature=float("inf")), "temperature is inf: set it to 0"),
         (lambda m: m.generate("a", order="spiral"), 'order is "spiral": set it to random or'),
         (lambda m: m.caption(picture(0), temperature=-1.0), "temperature is -1.0: set it to 0"),
+        (lambda m: m.caption(picture(0), beams=0), "beams is 0: set it to 1 or more"),
+        (lambda m: m.caption(picture(0), beams=2, temperature=1.0), "beam search draws nothing at"),
+        (lambda m: m.caption(picture(0), beams=9999), "beams is 9999, the vocabulary has 1536"),
+        (lambda m: m.caption(picture(0), length_penalty=-1.0), "length_penalty is -1.0: set it to"),
+        (lambda m: m.generate("a", colour="red"), 'no setting "colour" of pictures: there are'),
+        (lambda m: m.generate(["a", 3]), "prompts, instructions and questions are texts, got 3"),
+        (lambda m: m.edit(picture(0), "a", image_guidance=2.0), "image_guidance 2.0 needs a model"),
+        (lambda m: m.inpaint(picture(0), MASK & False, "a"), "the mask is black everywhere"),
+        (lambda m: m.inpaint([picture(0)] * 3, [MASK] * 2, "a"), "3 pictures and 2 masks and 1 te"),
         (lambda m: m.caption(picture(0), top_k=-1), "top_k is -1: set it to 1 or more, or to 0"),
         (lambda m: m.caption(picture(0), top_p=0.0), "top_p is 0.0: set it above 0"),
         (lambda m: m.caption(picture(0), top_p=float("nan")), "top_p is nan: set it above 0"),
         (
             lambda m: m.answer([picture(0)] * 2, ["a"] * 3),
-            "2 pictures and 3 texts: give as many of both, or one of either",
+            "2 pictures and 3 texts: give as many of each, or one",
         ),
     ],
 )
@@ -325,7 +365,7 @@ def test_too_few_steps_are_named(model):
         ({"input.text_drop": 0.0}, r"guidance 2.0 needs .* config.input.text_drop above 0: set"),
         ({"sampling.sampler.name": "ddim"}, "no sampler called 'ddim' here: choose one of euler"),
         ({"sampling.sampler.eta": 1.0}, "sampler 'euler' has no option eta"),
-        ({"sampling.schedule": "cosine"}, "no guidance schedule called 'cosine': choose"),
+        ({"sampling.schedule": "steep"}, "no guidance schedule called 'steep': choose"),
         ({"sampling.batch_size": 0}, "config.sampling.batch_size is 0: set it to 1"),
     ],
 )
@@ -367,15 +407,17 @@ def test_load_takes_averaged_or_raw_weights_of_a_step(run):
         assert configs.to_json(loaded.config) == configs.to_json(config)
     with pytest.raises(UserError, match="no checkpoint of step 4"):
         unifluid_jax.load(workdir, step=4)
-    with pytest.raises(UserError, match="no checkpoint in .*: give the workdir"):
+    with pytest.raises(UserError, match='no model ".*nothing": no such folder'):
         unifluid_jax.load(workdir.parent / "nothing")
+    with pytest.raises(UserError, match="no checkpoint in .*: give the workdir"):
+        unifluid_jax.load(workdir.parent)
 
 
 def test_a_config_that_does_not_fit_the_checkpoint_is_named(run):
     stored = checkpoint.stored_config(run[0]).unlock()
     stored.model.head.width = 32
     with pytest.raises(UserError, match=r"does not fit: ema/head/.*wanted float32\["):
-        inference.from_checkpoint(stored, run[0], "ema", None)
+        unifluid_jax.load(run[0], config=stored)
     stored.model.head.breadth = 32
     with pytest.raises(UserError, match='config.model.head has no option "breadth"'):
-        inference.from_checkpoint(stored, run[0], "ema", None)
+        unifluid_jax.load(run[0], config=stored)

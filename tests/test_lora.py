@@ -212,4 +212,4 @@ def test_the_adapters_of_another_rank_do_not_fit(run):
     wider = checkpoint.stored_config(workdir).unlock()
     wider.lora.rank = 3
     with pytest.raises(UserError, match=r"does not fit: ema/lora/.*/a is .*2\], wanted .*3\]"):
-        inference.from_checkpoint(wider, workdir, "ema", None)
+        inference.load(workdir, "ema", config=wider)

@@ -62,13 +62,60 @@ def test_generate_writes_pictures_a_sheet_and_how_they_were_made(sample, workdir
         assert line["sampling"]["seed"] == 5 and line["sampling"]["guidance"] == 3
         assert line["sampling"]["sampler"] == {"steps": 2}
 
-    # A later call adds, and with the same seed makes the same again.
-    assert sample("generate", *arguments, "--config.sampling.guidance=3")[0] == 0
-    assert (out / "00007-.png").exists() and len(lines(tmp_path)) == 8
-    for i, picture in enumerate(pictures):
-        (again,) = out.glob(f"{4 + i:05d}-*.png")
-        np.testing.assert_array_equal(np.asarray(Image.open(again)), picture)
-        np.testing.assert_array_equal(np.asarray(Image.open(out / names[i])), picture)
+    assert len({line["id"] for line in written}) == 2
+
+    # The same call does nothing again; one of another seed adds.
+    (out / names[1]).unlink()
+    code, said, err = sample("generate", *arguments, "--config.sampling.guidance=3")
+    assert (code, err) == (0, "")
+    assert said.startswith(f"4 pictures in {out}, 3 of them from before, all of them on ")
+    assert sorted(path.name for path in out.glob("0*")) == [
+        names[0],
+        *names[2:],
+        "00004-a-red-circle.png",
+    ]
+    again = np.asarray(Image.open(out / "00004-a-red-circle.png"))
+    assert np.abs(again.astype(int) - pictures[1]).max() <= 1
+    assert (
+        sample("generate", "--prompt=???", "--seed=6", "--settings=guidance=3,order=raster")[0] == 0
+    )
+    last = lines(tmp_path)[-1]
+    assert last["file"] == "00005-.png" and last["sampling"]["order"] == "raster"
+
+
+def test_a_file_of_prompts_is_finished_where_it_stopped(sample, tmp_path):
+    out, file = tmp_path / "out", tmp_path / "prompts.txt"
+    file.write_text("a red circle\n\n  a blue square \na red circle\n", encoding="utf-8")
+    code, said, err = sample("generate", f"--prompts={file}", "--settings=steps=2")
+    assert (code, err) == (0, "") and said.startswith("3 pictures in")
+    written = lines(tmp_path)
+    assert [(line["prompt"], line["number"]) for line in written] == [
+        ("a red circle", 0), ("a blue square", 0), ("a red circle", 1)
+    ]  # fmt: skip
+    pictures = [Image.open(out / line["file"]).tobytes() for line in written]
+    assert len(set(pictures)) == 3
+    # Killed while it wrote its last line.
+    path = out / "samples.jsonl"
+    path.write_text(path.read_text()[:-40])
+    code, said, err = sample("generate", f"--prompts={file}", "--settings=steps=2")
+    assert (code, err) == (0, "") and ", 2 of them from before, " in said
+    assert lines(tmp_path)[:2] == written[:2]
+    assert lines(tmp_path)[2] == written[2] | {"file": "00003-a-red-circle.png"}
+    path.write_text("[]\n" + path.read_text())
+    code, _, err = sample("generate", f"--prompts={file}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"line 1 of {path} says nothing of a picture or text: remove it" in err
+
+
+def test_inpaint_draws_where_the_mask_is_white(sample, workdir, tmp_path):
+    red, mask = workdir.parent / "red.png", tmp_path / "mask.png"
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 8, axis=1).repeat(16, axis=0)).save(mask)
+    code, _, err = sample("inpaint", f"--image={red}", f"--mask={mask}", "--prompt=a red circle")
+    assert (code, err) == (0, "")
+    (line,) = lines(tmp_path)
+    assert (line["image"], line["mask"]) == (str(red), str(mask))
+    drawn = np.asarray(Image.open(tmp_path / "out" / line["file"]))
+    assert (drawn[:, :8] == (200, 0, 0)).all() and (drawn[:, 8:] != (200, 0, 0)).any()
 
 
 def test_edit_takes_one_prompt_for_all_pictures(sample, workdir, tmp_path):
@@ -112,8 +159,11 @@ def test_caption_and_answer_print_a_line_each_and_write_no_picture(sample, workd
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["draw"], 'unknown command "draw" (known: answer, caption, edit, generate); usage: unif'),
-        ([], "generate|edit|caption|answer is missing; usage: unifluid sample"),
+        (
+            ["draw"],
+            'unknown command "draw" (known: answer, caption, edit, generate, inpaint); usage: unif',
+        ),
+        ([], "generate|edit|inpaint|caption|answer is missing; usage: unifluid sample"),
         (["generate"], "`unifluid sample generate` needs --prompt"),
         (["generate", "--prompt=a", "--image=x"], "`unifluid sample generate` takes no --image"),
         (["edit", "--prompt=a"], "`unifluid sample edit` needs --image"),
@@ -126,6 +176,15 @@ def test_caption_and_answer_print_a_line_each_and_write_no_picture(sample, workd
         (["generate", "--prompt= "], "the prompt of the task generate is empty"),
         (["generate", "--prompt=a", "--config.sampling.guidence=1"], 'did you mean "guidance"?'),
         (["generate", "--prompt=a", "--config.sampling.order=x"], 'order is "x": set it to random'),
+        (["generate", "--prompt=a", "--settings=guidance=nan"], "guidance is nan: set it to 0 or"),
+        (
+            ["generate", "--prompt=a", "--settings=guidance"],
+            '"guidance" is no setting, write name=',
+        ),
+        (["generate", "--prompt=a", "--settings=hue=3"], 'no setting "hue" of pictures: there are'),
+        (["generate", "--prompts=none.txt"], "--prompts=none.txt: No such file or directory"),
+        (["generate", "--prompts=/dev/null"], "--prompts=/dev/null: there is no line with a text"),
+        (["inpaint", "--prompt=a", "--image=x"], "`unifluid sample inpaint` needs --mask"),
         (["generate", "--prompt=a", "--out=/dev/null/x"], "cannot write to /dev/null/x: Not a dir"),
     ],
 )
@@ -142,4 +201,7 @@ def test_a_place_without_a_checkpoint_is_named(program, tmp_path):
         2, f"error: no checkpoint in {tmp_path}: give the workdir of a training run\n"
     )  # fmt: skip
     code, _, err = program("generate", "--prompt=a")
-    assert (code, err) == (2, "error: --workdir is missing: Run or checkpoint to use.\n")
+    said = "Run, checkpoint, exported folder or name of a shipped model."
+    assert (code, err) == (2, f"error: --workdir is missing: {said}\n")
+    code, _, err = program("generate", "--prompt=a", "--workdir=unifluid-none")
+    assert code == 2 and err.startswith('error: no model "unifluid-none": no such folder, and no m')

@@ -125,3 +125,64 @@ def test_slots_hold_every_target_once():
     np.testing.assert_array_equal(weights, [[1, 2, 0], [0, 0, 0], [3, 1, 0]])
     np.testing.assert_array_equal(index[0, :2], [1, 3])
     np.testing.assert_array_equal(index[2, :2], [0, 4])
+
+
+QUERIED = Layout(**{**vars(LAYOUT), "queries": True})
+
+
+def test_queries_alternate_with_contents():
+    s = sequence.generation(QUERIED, [10, 11], latents(), ORDER)
+    assert len(s) == 3 + QUERIED.target_length == 3 + 7
+    query, content = Modality.QUERY, Modality.LATENT
+    np.testing.assert_array_equal(s.modality[3:], [query, content] * 3 + [query])
+    np.testing.assert_array_equal(s.tokens[3::2], [LAYOUT.boi] * 4)
+    np.testing.assert_array_equal(s.target_position[3:], [2, -1, 0, -1, 3, -1, 1])
+    np.testing.assert_array_equal(s.content_position[3:], [-1, 2, -1, 0, -1, 3, -1])
+    # What is asked for stands where the answer will.
+    np.testing.assert_array_equal(s.position, [0, 1, 2, 3, 3, 4, 4, 5, 5, 6])
+    np.testing.assert_array_equal(s.latent_mean[3::2], latents().mean[ORDER])
+    np.testing.assert_array_equal(s.latent_std[3::2], latents().std[ORDER])
+    np.testing.assert_array_equal(s.image_weight, [0, 0, 0, 1, 0, 1, 0, 1, 0, 1])
+
+
+def test_nothing_but_itself_sees_a_query():
+    s = sequence.generation(QUERIED, [10], latents(), ORDER)
+    mask = sequence.attention_mask(
+        jnp.asarray(s.step[None]), jnp.ones((1, len(s)), int), jnp.asarray(s.modality[None])
+    )[0]
+    queries = np.flatnonzero(s.modality == Modality.QUERY)
+    for i in range(len(s)):
+        expected = [j for j in range(i + 1) if j == i or j not in queries]
+        np.testing.assert_array_equal(np.flatnonzero(mask[i]), expected)
+
+
+@pytest.mark.parametrize("given", [0, 1, 3, 4])
+def test_given_tokens_are_part_of_the_prefix(given):
+    shifted = sequence.generation(LAYOUT, [10], latents(), ORDER, given)
+    whole = sequence.generation(LAYOUT, [10], latents(), ORDER)
+    known = min(given, 3)  # the last place asks for the last token, given or not
+    assert len(shifted) == 2 + known + 1 and not shifted.image_weight.any()
+    for name in ("tokens", "modality", "position", "content_position", "target_position"):
+        np.testing.assert_array_equal(getattr(shifted, name), getattr(whole, name)[: len(shifted)])
+    np.testing.assert_array_equal(shifted.latent_mean[2 : 2 + known], latents().mean[ORDER[:known]])
+
+    queried = sequence.generation(QUERIED, [10], latents(), ORDER, given)
+    assert len(queried) == len(shifted) and not queried.image_weight.any()
+    np.testing.assert_array_equal(
+        queried.modality[2:], [Modality.LATENT] * known + [Modality.QUERY]
+    )
+    np.testing.assert_array_equal(queried.content_position[2:], [*ORDER[:known], -1])
+    np.testing.assert_array_equal(queried.target_position[2:], [-1] * known + [ORDER[known]])
+    np.testing.assert_array_equal(queried.latent_mean[2 : 2 + known], latents().mean[ORDER[:known]])
+    np.testing.assert_array_equal(queried.position, np.arange(len(queried)))
+
+
+def test_a_dropped_source_leaves_null_tokens_in_its_place():
+    prompt = sequence.dropped(LAYOUT, [10])
+    s = sequence.editing(LAYOUT, IMAGE, latents(50), prompt, latents(), ORDER, source_dropped=True)
+    kept = sequence.editing(LAYOUT, IMAGE, latents(50), prompt, latents(), ORDER)
+    assert len(s) == len(kept) and len(s.images) == 0
+    np.testing.assert_array_equal(s.tokens[:9], [LAYOUT.null] * 7 + [LAYOUT.bos, LAYOUT.null])
+    assert (s.modality[:9] == Modality.TEXT).all() and not s.latent_mean[:9].any()
+    for name in ("tokens", "modality", "latent_mean", "target_position", "image_weight"):
+        np.testing.assert_array_equal(getattr(s, name)[9:], getattr(kept, name)[9:])

@@ -1,15 +1,20 @@
 """The tasks: what they take from a config, count in a batch, and hand to evaluations."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from unifluid_jax import tasks
+from tests import tiny, worlds
+from unifluid_jax import tasks, trees
+from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
+
+KEY = jax.random.key(0)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +34,16 @@ def tokenizer(world):
     return tasks.make(tiny.tokenizer(world))
 
 
-def test_the_config_names_the_task(unifluid, tokenizer):
+@pytest.fixture(scope="module")
+def siglip(world):
+    return tasks.make(tiny.siglip(world))
+
+
+def test_the_config_names_the_task(unifluid, tokenizer, siglip):
     assert isinstance(unifluid, tasks.UniFluidTask)
     assert isinstance(tokenizer, tasks.TokenizerTask)
-    assert isinstance(unifluid, tasks.Task) and isinstance(tokenizer, tasks.Task)
+    assert isinstance(siglip, tasks.SiglipTask)
+    assert all(isinstance(task, tasks.Task) for task in (unifluid, tokenizer, siglip))
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,12 @@ def test_the_config_names_the_task(unifluid, tokenizer):
         (tiny.unifluid, {"input.order": "spiral"}, 'config.input.order is "spiral"'),
         (tiny.unifluid, {"tokenizer": {"path": "nowhere"}}, "no such file; set config.tokenizer"),
         (tiny.tokenizer, {"model": {"chanels": 8}}, 'config.model has no option "chanels"'),
+        (
+            tiny.siglip,
+            {"train.accumulate": 2},
+            "accumulate is 2: a picture is compared with the captions of its batch, .* set 1",
+        ),
+        (tiny.siglip, {"model.text": {"token": 8}}, 'config.model.text has no option "token"'),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(world, make, changes, message):
@@ -105,8 +122,8 @@ def test_counts_of_the_pipelines_batches(unifluid, tokenizer):
     assert tokenizer.count(jax.tree.map(jnp.asarray, next(tokenizer.batches()))) == {"examples": 8}
 
 
-def test_a_process_gets_its_rows_of_a_batch(unifluid, tokenizer):
-    for task, name in ((unifluid, "tokens"), (tokenizer, "images")):
+def test_a_process_gets_its_rows_of_a_batch(unifluid, tokenizer, siglip):
+    for task, name in ((unifluid, "tokens"), (tokenizer, "images"), (siglip, "tokens")):
         config = task._config.copy_and_resolve_references()
         with config.unlocked():
             config.input.streams = 2
@@ -155,6 +172,54 @@ def test_axes_name_every_dimension_of_every_parameter(unifluid, tokenizer):
         shapes = jax.eval_shape(task.model.init, jax.random.key(0))
         axes = jax.tree.map(len, task.model.axes, is_leaf=lambda x: isinstance(x, tuple))
         assert axes == jax.tree.map(lambda leaf: leaf.ndim, shapes)
+
+
+def test_a_siglip_learns_its_batch(siglip):
+    """Every parameter has a gradient, and the loss falls along it."""
+    batch = next(siglip.batches(0, 1))
+    assert batch["images"].shape == (8, 16, 16, 3) and batch["tokens"].shape == (8, 8)
+    assert siglip.count(batch) == {"examples": 8}
+    total = siglip.totals(batch)
+    assert total == 8
+    params = worlds.make_params(siglip.model)
+
+    @jax.jit
+    def step(params):
+        losses = lambda params: siglip.loss(params, batch, jax.random.split(KEY, 8), total)  # noqa: E731
+        (loss, scalars), gradient = jax.value_and_grad(losses, has_aux=True)(params)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
+        moved = jax.tree.map(lambda x, g: x - 0.1 * g / norm, params, gradient)
+        return moved, loss, scalars, gradient
+
+    params, first, scalars, gradient = step(params)
+    assert np.isfinite(first) and all(np.isfinite(x) for x in scalars.values())
+    for name, leaf in trees.flatten(gradient).items():
+        assert np.abs(leaf).max() > 0, name
+    for _ in range(10):
+        params, last, _, _ = step(params)
+    assert last < 0.9 * first
+
+
+def test_a_siglip_knows_no_adapters(world):
+    config = tiny.siglip(world).unlock()
+    config.lora = {"rank": 2}
+    with pytest.raises(UserError, match='config.lora is for the task "unifluid"'):
+        tasks.make(config.lock())
+
+
+def test_logits_of_a_siglip_are_those_of_its_model(siglip):
+    """In chunks, for any number of pictures and captions, those of the training loss."""
+    params = worlds.make_params(siglip.model)
+    subject = siglip.subject(params)
+    assert isinstance(subject, Contrastive) and subject.image_size == tiny.SIZE
+    batch = next(siglip.batches(0, 1))
+    captions = ["a red", "green", "a a blue"]
+    found = dataclasses.replace(subject, batch=2).logits(batch["images"][:5], captions)
+    pair = siglip.model.bind(params)
+    tokens = np.stack([subject.text.padded(caption, 8) for caption in captions])
+    images = pair.embed_images(batch["images"][:5] / 127.5 - 1)
+    assert found.shape == (5, 3)
+    np.testing.assert_allclose(found, pair.logits(images, pair.embed_texts(tokens)), rtol=1e-4)
 
 
 def test_what_evaluations_score(unifluid, tokenizer):

@@ -163,6 +163,7 @@ def unifluid(folder, **changes):
         "position_init": 1.0,
         "target_in_head": True,
         "bidirectional_prefix": False,
+        "queries": False,
     }
     config.diffusion = {"process": "ddpm", "learned_variance": False}
     config.loss = {"text_weight": 0.2, "draws": 2}
@@ -175,6 +176,7 @@ def unifluid(folder, **changes):
         "max_prompt_tokens": 12,
         "order": "random",
         "text_drop": 0.1,
+        "source_drop": 0.0,
         "edit_vision": True,
         "edit_latents": True,
         "streams": 1,
@@ -219,6 +221,27 @@ def tokenizer(folder, **changes):
         "flip": True,
         "shift": 2,
         "streams": 1,
+        "workers": 0,
+        "max_corrupt": 0,
+        "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),
+    }
+    return _finished(config, changes)
+
+
+def siglip(folder, **changes):
+    """A config of the task "siglip", its tower that of `unifluid`; `changes` by dotted keys."""
+    config = _shared(folder)
+    config.task = "siglip"
+    config.tokenizer = {"path": "unifluid_jax/assets/spm_small.model"}
+    config.model = {
+        "vision": unifluid(folder).model.vision.to_dict(),
+        "text": {"tokens": 8, "depth": 1, "heads": 2, "mlp_dim": 32},
+    }
+    config.input = {
+        "batch_size": 8,
+        "image_size": SIZE,
+        "flip": False,
+        "shift": 2,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),

@@ -18,6 +18,7 @@ from unifluid_jax import checkpoint, image_tokenizer, inference
 from unifluid_jax import config as configs
 from unifluid_jax.evals import shapes
 from unifluid_jax.input.records import canonical_features
+from unifluid_jax.interop import export
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble
 
@@ -65,14 +66,19 @@ def make_config(folder, evals=None):
         "position_init": 0.02,
         "target_in_head": True,
         "bidirectional_prefix": False,
+        "queries": False,
     }  # fmt: skip
     config.diffusion = {"process": "flow"}
     config.input = {
         "max_prompt_tokens": 16,
         "order": "random",
         "text_drop": 0.1,
+        "source_drop": 0.0,
         "edit_vision": True,
         "edit_latents": True,
+        "batch_size": 2,
+        "seq_len": 32,
+        "mixture": ({"dataset": "drawings", "split": "test", "task": "vqa", "weight": 1.0},),
     }
     config.sampling = {
         "batch_size": 2,
@@ -101,6 +107,12 @@ def save_checkpoint(workdir, config, step=3):
     with checkpoint.Checkpointer(workdir, keep=1) as checkpoints:
         checkpoints.save(step, state, {}, {"config": configs.to_json(config)})
     return params, ema
+
+
+def export_checkpoint(workdir, out, step=None, **options):
+    """The folder that `unifluid convert --to=unifluid` makes of a checkpoint."""
+    folder, _ = checkpoint.locate(workdir, step)
+    export.convert(folder, checkpoint.stored_config(folder), "unifluid", out, **options)
 
 
 # --- data ---
@@ -204,7 +216,11 @@ class Program:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_ENABLE_COMPILATION_CACHE": "false",
+            },
         )
 
     def __call__(self, *arguments):

@@ -38,12 +38,10 @@ class Contrastive:
     ) -> Float[np.ndarray, "B K"]:
         """How well each picture goes with each caption: log odds."""
         tokens_KT = np.stack([self.text.padded(caption, self.tokens) for caption in captions])
-        images_BD = in_chunks(
-            functools.partial(_images, self.model, self.params), images, self.batch
-        )
-        texts_KD = in_chunks(
-            functools.partial(_texts, self.model, self.params), tokens_KT, self.batch
-        )
+        embed_images = functools.partial(_images, self.model)
+        embed_texts = functools.partial(_texts, self.model)
+        images_BD = in_chunks(embed_images, self.params, images, self.batch)
+        texts_KD = in_chunks(embed_texts, self.params, tokens_KT, self.batch)
         return np.asarray(self.model.bind(self.params).logits(images_BD, texts_KD))
 
 

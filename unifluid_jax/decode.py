@@ -1,4 +1,4 @@
-"""Cached decoding of text and of image tokens: pure functions, one compiled program each.
+"""Cached decoding: what text (`decode_text.py`) and image tokens (`decode_image.py`) share.
 
 The conditioning prefix of every row, padded on the right to one length P, goes through the model
 once and fills the key/value cache. After that one position per row is fed at a time. All rows write
@@ -9,25 +9,19 @@ would get alone.
 Prompts, keys, guidance and temperatures are traced: a program is compiled per number of rows,
 prefix length and static setting.
 
-Letters: B rows; P positions of a padded prefix; S slots of the cache; T text tokens decoded; N
-tokens of an image, C their dims; D model width; V vocabulary; G = 2 branches of guidance.
+Letters: B rows; P positions of a padded prefix; S slots of the cache; D model width.
 """
 
-import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from unifluid_jax.diffusion import Sampler, guidance_at, guided
-from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
-from unifluid_jax.sequence import Sequence, attention_mask
+from unifluid_jax.sequence import Sequence
 
 # What padding holds: zero, but here.
 _PADDING = {"content_position": -1, "target_position": -1}
@@ -73,6 +67,27 @@ class State(NamedTuple):
     slot: Int[Array, ""]
 
 
+def fill(
+    model: UniFluid, prefix: Batch, room: int
+) -> tuple[Float[Array, "B P D"], Float[Array, "B P D"], Cache]:
+    """Embeddings and hidden states of prefixes, and a cache that holds them.
+
+    Args:
+        prefix: from `stack`. Latents in it (the source of an edit) are fed at their mean.
+        room: slots of the cache behind them.
+    """
+    rows, length = prefix["segment"].shape
+    x_BPD = model.embed(prefix, prefix["latent_mean"])
+    mask_BPP = model.mask(prefix)
+    hidden_BPD, cache = model.backbone(
+        x_BPD,
+        prefix["position"],
+        jnp.pad(mask_BPP, ((0, 0), (0, 0), (0, room))),
+        model.backbone.init_cache(rows, length + room),
+    )
+    return x_BPD, hidden_BPD, cache
+
+
 def prefill(model: UniFluid, prefix: Batch, room: int) -> tuple[Float[Array, "B D"], State]:
     """Feeds the prefixes.
 
@@ -84,15 +99,8 @@ def prefill(model: UniFluid, prefix: Batch, room: int) -> tuple[Float[Array, "B 
         The hidden state of each row's last position, which predicts what follows; and the state.
     """
     valid_BP = prefix["segment"] > 0
-    rows, length = valid_BP.shape
-    x_BPD = model.embed(prefix, prefix["latent_mean"])
-    mask_BPP = attention_mask(prefix["step"], prefix["segment"])
-    hidden_BPD, cache = model.backbone(
-        x_BPD,
-        prefix["position"],
-        jnp.pad(mask_BPP, ((0, 0), (0, 0), (0, room))),
-        model.backbone.init_cache(rows, length + room),
-    )
+    _, hidden_BPD, cache = fill(model, prefix, room)
+    length = valid_BP.shape[1]
     length_B = valid_BP.sum(axis=1)
     last_BD = jnp.take_along_axis(hidden_BPD, length_B[:, None, None] - 1, axis=1)[:, 0]
     seen_BS = jnp.pad(valid_BP, ((0, 0), (0, room)))
@@ -110,163 +118,3 @@ def feed(
         x_BD[:, None], state.position_B[:, None], seen_BS[:, None], state.cache, state.slot
     )
     return hidden_B1D[:, 0], State(cache, seen_BS, state.position_B + 1, state.slot + 1)
-
-
-# --- images ---
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("sampler", "schedule"))
-def images(
-    functional: Functional,
-    params: Params,
-    prefix: Batch,
-    twin: Batch | None,
-    order_BN: Int[Array, "B N"],
-    key_B: jax.Array,
-    guidance: ArrayLike,
-    temperature: ArrayLike,
-    *,
-    sampler: Sampler,
-    schedule: str,
-) -> Float[Array, "B N C"]:
-    """Image tokens, normalised, in raster order.
-
-    Args:
-        functional, params: the UniFluid.
-        prefix: rows up to and with BOI, from `stack`.
-        twin: their unconditional twins, of the same lengths; None decodes without guidance, at
-            half the cost.
-        order_BN: the order in which the grid cells are decoded; BOI in the prefix asks for the
-            first.
-        key_B: a typed key per row; the row's noise depends on it alone.
-        guidance: scale, reached as `schedule` says (see `diffusion.guidance_at`).
-        temperature: of the sampler.
-    """
-    model: UniFluid = functional.bind(params)
-    rows, count = order_BN.shape
-    dim = model.config.head.token_dim
-    branches = 1 if twin is None else 2
-    if twin is not None:
-        prefix = jax.tree.map(lambda *pair: jnp.concatenate(pair), prefix, twin)
-
-    def sample(i: Array | int, hidden_BD: Array) -> tuple[Array, Array]:
-        """The cells decoded at step i and their tokens; `hidden_BD` has rows of all branches."""
-        cell_B = order_BN[:, i]
-        z_BD = model.condition(hidden_BD[:, None], jnp.tile(cell_B, branches)[:, None])[:, 0]
-        key_i_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
-        if branches == 1:
-            predict = lambda x_BC, t: model.head(x_BC, t, z_BD)  # noqa: E731
-        else:
-            z_GBD = z_BD.reshape(branches, rows, -1)
-            scale = guidance_at(schedule, guidance, (i + 1) / count)
-            predict = guided(lambda x_1BC, t: model.head(x_1BC, t, z_GBD), scale, dim)
-        return cell_B, sampler(key_i_B, predict, dim, temperature)
-
-    def put(tokens_BNC: Array, cell_B: Array, x_BC: Array) -> Array:
-        return tokens_BNC.at[jnp.arange(rows), cell_B].set(x_BC)
-
-    def step(i: Array, carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
-        tokens_BNC, hidden_BD, state = carry
-        cell_B, x_BC = sample(i, hidden_BD)
-        content_BD = model.embed_content(x_BC[:, None], cell_B[:, None])
-        x_BD = (content_BD + model.embed_target(order_BN[:, i + 1][:, None]))[:, 0]
-        hidden_BD, state = feed(model, jnp.tile(x_BD, (branches, 1)), state)
-        return put(tokens_BNC, cell_B, x_BC), hidden_BD, state
-
-    hidden_BD, state = prefill(model, prefix, count - 1)
-    tokens_BNC = jnp.zeros((rows, count, dim), jnp.float32)
-    tokens_BNC, hidden_BD, _ = jax.lax.fori_loop(0, count - 1, step, (tokens_BNC, hidden_BD, state))
-    # The last token is predicted, never fed.
-    return put(tokens_BNC, *sample(count - 1, hidden_BD))
-
-
-# --- text ---
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSampling:
-    """How the next text token is chosen; all traced.
-
-    Attributes:
-        temperature: 0 takes the likeliest token.
-        top_k: only the k likeliest tokens; 0 is all of them.
-        top_p: only the fewest likeliest tokens that together have this probability; 1 is all.
-    """
-
-    temperature: ArrayLike = 0.0
-    top_k: ArrayLike = 0
-    top_p: ArrayLike = 1.0
-
-
-jax.tree_util.register_dataclass(TextSampling)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("eos", "max_tokens"))
-def text(
-    functional: Functional,
-    params: Params,
-    prefix: Batch,
-    key_B: jax.Array,
-    sampling: TextSampling,
-    *,
-    eos: int,
-    max_tokens: int,
-) -> Int[Array, "B T"]:
-    """Text tokens that follow the prefixes: up to `max_tokens`, from the first EOS on all EOS.
-
-    The loop ends when every row has ended.
-
-    Args:
-        functional, params: the UniFluid.
-        prefix: rows up to and with the separator, from `stack`.
-        key_B: a typed key per row.
-        sampling: how tokens are chosen.
-        eos: id of the end of sequence.
-    """
-    model: UniFluid = functional.bind(params)
-
-    def pick(i: Array | int, hidden_BD: Array) -> Array:
-        key_i_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
-        return choose(model.backbone.logits(hidden_BD), key_i_B, sampling)
-
-    def more(carry: tuple[Array, Array, State]) -> Array:
-        i, tokens_BT, _ = carry
-        return (i < max_tokens) & ~(tokens_BT == eos).any(axis=1).all()
-
-    def step(carry: tuple[Array, Array, State]) -> tuple[Array, Array, State]:
-        i, tokens_BT, state = carry
-        last_B = tokens_BT[:, i - 1]
-        hidden_BD, state = feed(model, model.backbone.embed(last_B[:, None])[:, 0], state)
-        next_B = jnp.where(last_B == eos, eos, pick(i, hidden_BD))
-        return i + 1, tokens_BT.at[:, i].set(next_B), state
-
-    hidden_BD, state = prefill(model, prefix, max_tokens - 1)
-    # Filled with a token that is not EOS, so that `more` can look at the whole of it.
-    tokens_BT = jnp.full((len(hidden_BD), max_tokens), -1, jnp.int32)
-    tokens_BT = tokens_BT.at[:, 0].set(pick(0, hidden_BD))
-    _, tokens_BT, _ = jax.lax.while_loop(more, step, (jnp.asarray(1), tokens_BT, state))
-    return jnp.where(tokens_BT < 0, eos, tokens_BT)
-
-
-def choose(
-    logits_BV: Float[Array, "B V"], key_B: jax.Array, sampling: TextSampling
-) -> Int[Array, "B"]:
-    """The next token of every row."""
-
-    def greedy() -> Array:
-        return logits_BV.argmax(axis=-1).astype(jnp.int32)
-
-    def sampled() -> Array:
-        ranked_BV, index_BV = jax.lax.top_k(logits_BV, logits_BV.shape[-1])
-        ranked_BV = ranked_BV / sampling.temperature
-        rank_V = jnp.arange(ranked_BV.shape[-1])
-        inside_V = (rank_V < sampling.top_k) | (sampling.top_k == 0)
-        ranked_BV = jnp.where(inside_V[None], ranked_BV, -jnp.inf)
-        p_BV = jax.nn.softmax(ranked_BV, axis=-1)
-        # Probability of all that rank higher: the likeliest token always stays.
-        higher_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
-        ranked_BV = jnp.where(higher_BV < sampling.top_p, ranked_BV, -jnp.inf)
-        rank_B = jax.vmap(jax.random.categorical)(key_B, ranked_BV)
-        return jnp.take_along_axis(index_BV, rank_B[:, None], axis=1)[:, 0]
-
-    return jax.lax.cond(jnp.asarray(sampling.temperature) > 0, sampled, greedy)

@@ -1,4 +1,4 @@
-"""Noise processes over image tokens as pure functions: losses, and samplers as one compiled loop.
+"""Noise processes over image tokens as pure functions: times, targets, losses.
 
 Two processes behind one interface: `DDPM`, MAR's, and `Flow`, flow matching. In both, time counts
 noise: t = 0 is the clean token and the last time is (nearly) pure noise. A network enters as
@@ -8,15 +8,11 @@ computed in float64.
 
     process = process_from(**config.diffusion)
     loss_N = process.loss(key, lambda x, t: head(x, t, z_ND), x_NC, draws=4)
-    sampler = sampler_from(process, steps=100)
-    x_NC = sampler(key_N, guided(lambda x, t: head(x, t, z_GND), guidance, C), C, temperature)
 
-A sampler is called per batch of rows, with a key per row: the noise of a row depends on its key
-alone, so that a picture does not depend on the batch around it. Guidance and temperature, scalars
-or one per row, are traced; the number of steps is static.
+The way back is in `samplers.py`.
 
 Letters: N image tokens, any leading shape; C dims of an image token; R diffusion draws per token; S
-diffusion steps; G = 2 branches of guidance, conditional first; O outputs of the network, C or 2 C.
+diffusion steps; O outputs of the network, C or 2 C.
 """
 
 import abc
@@ -29,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Real
 
 from unifluid_jax.errors import UserError
@@ -62,6 +57,11 @@ class Chain(NamedTuple):
 
 class Process(abc.ABC):
     """A way from tokens to noise, and what a network must learn to walk it back."""
+
+    @property
+    @abc.abstractmethod
+    def duration(self) -> int:
+        """The time of pure noise, in the units in which the network is told."""
 
     @abc.abstractmethod
     def outputs(self, token_dim: int) -> int:
@@ -130,6 +130,10 @@ class DDPM(Process):
     steps: int = 1000
     learned_variance: bool = True
     vlb_weight: float = 1.0
+
+    @property
+    def duration(self) -> int:
+        return self.steps
 
     def outputs(self, token_dim: int) -> int:
         return 2 * token_dim if self.learned_variance else token_dim
@@ -220,6 +224,10 @@ class Flow(Process):
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
+    @property
+    def duration(self) -> int:
+        return 1000
+
     def outputs(self, token_dim: int) -> int:
         return token_dim
 
@@ -241,105 +249,7 @@ class Flow(Process):
         return jnp.square(noise - x - out).mean(axis=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ancestral:
-    """DDPM's own sampler, as in MAR: draws from p(x_{t-1} | x_t) down the respaced chain.
-
-    Temperature multiplies the noise injected at the steps, not the initial noise: 0 still varies
-    with the key.
-
-    Attributes:
-        steps: S.
-        clip: bound on the predicted clean token; None in MAR. The first step multiplies the error
-            of the predicted noise by 1 / sqrt(alpha-bar) = 2e4, which takes a long training to
-            bear: a head of 600 steps made samples of standard deviation 1000 without a bound,
-            and right ones with a bound of 3 to 5 standard deviations of the tokens.
-    """
-
-    process: DDPM
-    steps: int = 100
-    clip: float | None = None
-
-    def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
-    ) -> Float[Array, "*N C"]:
-        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
-        scale = _per_row(temperature)
-
-        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
-            out = predict(x, chain.time).astype(jnp.float32)
-            mean, log_variance = self.process.reverse(chain, x, out, self.clip)
-            return mean + chain.stochastic * scale * jnp.exp(0.5 * log_variance) * draw()
-
-        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class DDIM:
-    """Song et al. 2021: from the chain's deterministic twin (eta 0) to itself (eta 1).
-
-    For few steps. Temperature as in `Ancestral`: at eta 0 there is nothing for it to scale. Learned
-    variances are not used.
-
-    Attributes:
-        steps: S.
-        eta: fraction of the posterior's standard deviation that is injected as noise.
-        clip: as in `Ancestral`.
-    """
-
-    process: DDPM
-    steps: int = 50
-    eta: float = 0.0
-    clip: float | None = None
-
-    def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
-    ) -> Float[Array, "*N C"]:
-        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
-        scale = _per_row(temperature)
-
-        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
-            clean, noise = self.process.denoise(chain, x, predict(x, chain.time), self.clip)
-            if self.eta == 0:
-                return chain.signal_before * clean + chain.noise_before * noise
-            sigma = self.eta * chain.stochastic * jnp.exp(0.5 * chain.log_min)
-            kept = jnp.sqrt(jnp.maximum(jnp.square(chain.noise_before) - jnp.square(sigma), 0))
-            return chain.signal_before * clean + kept * noise + scale * sigma * draw()
-
-        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps))
-
-
-@dataclasses.dataclass(frozen=True)
-class Euler:
-    """Euler's method on a flow, in equal steps from t = 1 to 0.
-
-    The only noise is the initial one, so that is what the temperature multiplies (our choice): at 0
-    the key has no effect.
-    """
-
-    process: Flow
-    steps: int = 25
-
-    def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
-    ) -> Float[Array, "*N C"]:
-        """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
-        if self.steps < 1:
-            raise UserError(f"{self.steps} sampling steps: set 1 or more")
-        times = (np.arange(1, self.steps + 1) / self.steps).astype(np.float32)
-
-        def step(x: Array, t: Array, draw: Callable[[], Array]) -> Array:
-            del draw
-            return x - predict(x, 1000 * t).astype(jnp.float32) / self.steps
-
-        return _descend(step, key_N, _per_row(temperature) * _first(key_N, dim), times)
-
-
-Sampler = Ancestral | DDIM | Euler
-
 _PROCESSES = {"ddpm": DDPM, "flow": Flow}
-# The first sampler of a process is its default.
-_SAMPLERS = {DDPM: {"ddpm": Ancestral, "ddim": DDIM}, Flow: {"euler": Euler}}
 
 
 def process_from(process: str = "ddpm", **fields: Any) -> Process:
@@ -348,23 +258,17 @@ def process_from(process: str = "ddpm", **fields: Any) -> Process:
     Raises:
         UserError: no process has this name, or it has no such field.
     """
-    return _construct("diffusion process", _PROCESSES, process, fields)
+    return construct("diffusion process", _PROCESSES, process, fields)
 
 
-def sampler_from(process: Process, name: str | None = None, **fields: Any) -> Sampler:
-    """The sampler called "ddpm" (default) or "ddim" of a `DDPM`, "euler" of a `Flow`.
-
-    Raises:
-        UserError: the process has no sampler of this name, or the sampler no such field.
-    """
-    samplers = _SAMPLERS[type(process)]
-    name = name or next(iter(samplers))
-    return _construct("sampler", samplers, name, fields, process=process)
-
-
-def _construct(
+def construct(
     kind: str, known: dict[str, type], name: str, fields: dict[str, Any], **fixed: Any
 ) -> Any:
+    """The one of some dataclasses that has this name, with these fields.
+
+    Raises:
+        UserError: there is none, or it has no such field.
+    """
     if name not in known:
         raise UserError(f"no {kind} called {name!r} here: choose one of {', '.join(known)}")
     allowed = [f.name for f in dataclasses.fields(known[name]) if f.name not in fixed]
@@ -373,47 +277,6 @@ def _construct(
             f"{kind} {name!r} has no option {', '.join(unknown)}: it has {', '.join(allowed)}"
         )
     return known[name](**fixed, **fields)
-
-
-def guided(predict: Predict, guidance: ArrayLike, dim: int) -> Predict:
-    """Classifier-free guidance: out = u + w (c - u) on the first `dim` outputs.
-
-    Both branches see the same x_t. Variance logits, where there are any, stay those of the
-    conditional branch (MAR).
-
-    Args:
-        predict: called once, on x_1NC and t; returns out_GNO, conditional branch first.
-        guidance: w, scalar or of shape [*N], traced. 1 is the conditional branch alone, at the
-            price of both.
-    """
-    scale = _per_row(guidance)
-
-    def combined(x_NC: Array, t: Array) -> Array:
-        conditional, unconditional = predict(x_NC[None], t)
-        c, u = conditional[..., :dim], unconditional[..., :dim]
-        return jnp.concatenate([u + scale * (c - u), conditional[..., dim:]], axis=-1)
-
-    return combined
-
-
-def guidance_at(schedule: str, guidance: ArrayLike, fraction: ArrayLike) -> Array:
-    """Guidance while an image is being made.
-
-    Args:
-        schedule: "constant", or "linear": 1 + (w - 1) fraction (MAR).
-        guidance: w, reached at the last token.
-        fraction: of the image's tokens, those done once the present one is: (i + 1) / N for the
-            i-th, as in MAR.
-
-    Raises:
-        UserError: no schedule has this name.
-    """
-    guidance, fraction = jnp.asarray(guidance), jnp.asarray(fraction)
-    if schedule == "constant":
-        return guidance
-    if schedule == "linear":
-        return 1 + (guidance - 1) * fraction
-    raise UserError(f"no guidance schedule called {schedule!r}: choose constant or linear")
 
 
 def cosine_betas(steps: int) -> Float[np.ndarray, " T"]:
@@ -460,39 +323,6 @@ def _table(steps: int, indices: tuple[int, ...]) -> Chain:
         stochastic=np.arange(len(indices)) > 0,
     )
     return Chain(*(constant.astype(np.float32) for constant in chain))
-
-
-def _descend(
-    step: Callable[[Array, Any, Callable[[], Array]], Array], key: Array, x: Array, constants: Any
-) -> Array:
-    """Runs `step` over the [S] constants from the last to the first.
-
-    `step` may draw noise. Step s of row n draws from key n folded with s + 1 (0 is the initial
-    noise).
-    """
-    count = len(jax.tree.leaves(constants)[0])
-
-    def body(x: Array, inputs: tuple[Array, Any]) -> tuple[Array, None]:
-        index, constant = inputs
-        return step(x, constant, lambda: _row_noise(key, index + 1, x.shape[-1])), None
-
-    return jax.lax.scan(body, x, (jnp.arange(count), constants), reverse=True)[0]
-
-
-def _first(key: Array, dim: int) -> Array:
-    return _row_noise(key, 0, dim)
-
-
-def _row_noise(key: Array, index: ArrayLike, dim: int) -> Array:
-    """Standard normal [*N, C] from a key per row and the index of a draw."""
-    draw = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, index), (dim,)))
-    return draw(key.reshape(-1)).reshape(*key.shape, dim)
-
-
-def _per_row(value: ArrayLike) -> Array:
-    """A scalar, or a value per row made to broadcast over the row's dims."""
-    value = jnp.asarray(value, jnp.float32)
-    return value[..., None] if value.ndim else value
 
 
 def _pixel_nll(x: Array, mean: Array, log_variance: Array) -> Array:

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from unifluid_jax import checkpoint, cli, evals, inference
+from unifluid_jax import cli, evals, inference, pretrained
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.evals import grid
@@ -30,12 +30,16 @@ from unifluid_jax.evals.base import EvalConfig, Outcome
 from unifluid_jax.input.records import open_builder
 from unifluid_jax.models.gemma import GemmaConfig
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run to score.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run to score, exported folder or name of a shipped model.", required=True
+)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint, by default the latest.")
-_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Averaged weights or raw ones.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["ema", "params"], "Averaged weights (ema) or raw ones."
+)
 _EVALS = flags.DEFINE_list("evals", None, "Names in config.evals, by default all.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write to, by default WORKDIR/evals/STEP.")
-_CONFIG = cli.config_flag(stored=lambda: checkpoint.stored_config(_WORKDIR.value, _STEP.value))
+_CONFIG = cli.config_flag(stored=lambda: inference.stored_config(_WORKDIR.value, _STEP.value))
 
 # Packages that a score may depend on.
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow", "sentencepiece", "unifluid_jax")
@@ -45,10 +49,11 @@ def main(argv: list[str]) -> None:
     cli.positional(argv)
     config, console = _CONFIG.value, rich.console.Console(soft_wrap=True, highlight=False)
     wanted = _choose(evals.check(config), _EVALS.value)
-    model = inference.from_checkpoint(config, _WORKDIR.value, _WEIGHTS.value, _STEP.value)
-    folder, step = checkpoint.locate(_WORKDIR.value, _STEP.value)
+    model = inference.load(_WORKDIR.value, _WEIGHTS.value, _STEP.value, config=config)
+    step = model.origin.step
     # --workdir may also be a folder of checkpoints, or one of them: nothing is written into these.
-    out = Path(_OUT.value or folder.parents[1] / "evals" / str(step))
+    root = pretrained.find(_WORKDIR.value) or Path(model.origin.folder).parents[1]
+    out = Path(_OUT.value or root / "evals" / str(step))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,9 +63,9 @@ def main(argv: list[str]) -> None:
         with console.status(f"{name}: {c.type} on {c.dataset}/{c.split}"):
             outcomes[name] = evals.run_one(config, model, c)
     report = {
-        "checkpoint": str(folder),
+        "checkpoint": model.origin.folder,
         "step": step,
-        "weights": _WEIGHTS.value,
+        "weights": model.origin.weights,
         **_circumstances(config, wanted),
         "scores": {
             f"{name}/{score}": value

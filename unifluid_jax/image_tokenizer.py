@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from unifluid_jax import trees
+from unifluid_jax import sharding, trees
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.vae import Vae, VaeConfig
@@ -67,11 +67,15 @@ class ImageTokenizer:
                 f"the image tokenizer reads {size} x {size} pictures, "
                 f"got {images.shape[1]} x {images.shape[2]}: resize them first"
             )
-        return in_chunks(functools.partial(_encode, self.config, self.params), images, self.batch)
+        return in_chunks(functools.partial(_encode, self.config), self.params, images, self.batch)
 
     def decode(self, tokens: Float[np.ndarray, "B N C"]) -> UInt8[np.ndarray, "B H W 3"]:
         """Pictures of raw tokens, clipped to the range of pixels."""
-        return in_chunks(functools.partial(_decode, self.config, self.params), tokens, self.batch)
+        return in_chunks(functools.partial(_decode, self.config), self.params, tokens, self.batch)
+
+    def placed(self, where: jax.sharding.Sharding) -> "ImageTokenizer":
+        """The tokenizer with its parameters there; pictures are spread over the devices of it."""
+        return dataclasses.replace(self, params=jax.device_put(self.params, where))
 
 
 @functools.lru_cache(maxsize=4)
@@ -100,16 +104,18 @@ def to_bytes(pixels: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def in_chunks(function: Callable, x: np.ndarray, size: int) -> Any:
-    """`function` over the leading axis in chunks of one size.
+def in_chunks(function: Callable, params: Params, x: np.ndarray, size: int) -> Any:
+    """`function` of parameters and some of `x`, over its leading axis in chunks of one size.
 
-    The last one is filled up: one compilation for any number.
+    The last one is filled up, a single one to a power of two: few compilations for any number.
     """
+    mesh = sharding.mesh_of(params)
+    size = sharding.divisible(min(size, 1 << max(len(x) - 1, 0).bit_length()), mesh)
     padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-    chunks = [
-        jax.device_get(function(jax.device_put(padded[i : i + size])))
-        for i in range(0, len(padded), size)
-    ]
+    chunks = []
+    for i in range(0, len(padded), size):
+        chunk = sharding.spread(padded[i : i + size], mesh)
+        chunks.append(jax.tree.map(sharding.fetch, function(params, chunk)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x)], *chunks)
 
 

@@ -82,6 +82,7 @@ def assemble(config: ConfigDict) -> Parts:
         image_tokens=images.config.image_tokens,
         position_init=c.position_init,
         target_in_head=c.target_in_head,
+        queries=sequencer.layout.queries,
     )
     model = Functional(lambda rngs: UniFluid(model_config, rngs=rngs))
     trained = model

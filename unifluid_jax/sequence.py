@@ -21,9 +21,23 @@ the targets come in that order, and the input at a target's position is the *pre
 latent with its own grid cell (`content_position`) and the grid cell it must predict
 (`target_position`). BOI, the first input, has no content. Raster order is the identity permutation.
 
+Queries (a switch, our choice) allow several tokens to be drawn at once. The image's tokens are then
+laid out twice, interleaved: content c_i is fed the i-th token of the order, query q_i is a BOI with
+the grid cell to predict, which the contents before it are all that it sees of the image:
+
+    [BOS] [prompt ...] [q_1] [c_1] [q_2] [c_2] ... [q_N]      q_i -> v_i
+
+Nothing sees a query but itself, and q_i stands where c_i stands (RoPE). So what q_i learns is to
+predict any cell from any i - 1 others, whatever else is asked at the same time: k queries in one
+step are each what training has shown, and 1 in a step is sequential decoding. RandAR's
+position-instruction tokens (arXiv 2412.01827) need no mask of their own, but stay in the context:
+twice the cache, and in a parallel step a context unlike the one of training. Both double the length
+of an image in training.
+
 Latents are kept with the position that *predicts* them, so that the input at position l is
 `latent[l - 1]`: one array serves inputs and targets, and a sample of the posterior is drawn once
-for both. Source latents (editing) are kept where they are fed.
+for both. With queries the same holds of c_i, whose latent is q_i's. Source latents (editing) and
+given ones (inpainting) are kept where they are fed.
 
 The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with
 c its cumulative sum, position i attends to j when c[j] <= c[i] and both are of one segment. All
@@ -43,13 +57,15 @@ from unifluid_jax.errors import UserError
 class Modality(enum.IntEnum):
     """What a position feeds to the backbone.
 
-    BOI is TEXT: its embedding is a row of the vocabulary.
+    BOI is TEXT: its embedding is a row of the vocabulary. So is that of a QUERY, a BOI which only
+    itself attends to.
     """
 
     PAD = 0
     TEXT = 1
     VISION = 2
     LATENT = 3
+    QUERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Layout:
         token_dim: C, dims of an image token.
         bidirectional_prefix: whether the conditioning prefix attends to itself in both directions
             (prefix-LM) or causally. UniFluid does not say; causal is the default of the configs.
+        queries: whether image tokens are asked for by queries.
     """
 
     bos: int
@@ -76,6 +93,12 @@ class Layout:
     image_tokens: int
     token_dim: int
     bidirectional_prefix: bool = False
+    queries: bool = False
+
+    @property
+    def target_length(self) -> int:
+        """Positions that a whole image takes as a target."""
+        return 2 * self.image_tokens - 1 if self.queries else self.image_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +149,22 @@ def understanding(
 
 
 def generation(
-    layout: Layout, prompt: list[int], target: Latents | None, order: Int[np.ndarray, "N"]
+    layout: Layout,
+    prompt: list[int],
+    target: Latents | None,
+    order: Int[np.ndarray, "N"],
+    given: int | None = None,
 ) -> Sequence:
     """A text and the image it describes, in the given order.
 
-    With `target=None` the prefix up to and with BOI.
+    With `target=None` the prefix to decode from, up to and with BOI.
+
+    Args:
+        given: with it, the prefix to decode from when the first tokens of the order, so many of
+            `target`, are known: they are fed clean.
     """
     prefix = [_text(layout, [layout.bos, *prompt])]
-    return _assemble(layout, prefix, [_targets(layout, target, order)], None)
+    return _assemble(layout, prefix, [_targets(layout, target, order, given)], None)
 
 
 def editing(
@@ -143,15 +174,20 @@ def editing(
     instruction: list[int],
     target: Latents | None,
     order: Int[np.ndarray, "N"],
+    given: int | None = None,
+    *,
+    source_dropped: bool = False,
 ) -> Sequence:
     """A source image in one or two views, an instruction, and the edited image.
 
-    `target=None` as in `generation`.
+    `target=None` and `given` as in `generation`.
 
     Args:
         source: the picture for the vision tower, or None to leave this view out.
         source_latents: the source's latents, clean and in raster order, or None to leave this view
             out.
+        source_dropped: the null token stands at every position of both views, for guidance by the
+            source (InstructPix2Pix).
 
     Raises:
         UserError: both views are left out.
@@ -164,7 +200,10 @@ def editing(
         prefix.append(_source(layout, source_latents))
     prefix.append(_text(layout, [layout.bos, *instruction]))
     images = None if source is None else source[None]
-    return _assemble(layout, prefix, [_targets(layout, target, order)], images)
+    if source_dropped:
+        views = sum(map(len, prefix[:-1]))
+        prefix, images = [_text(layout, [layout.null] * views), prefix[-1]], None
+    return _assemble(layout, prefix, [_targets(layout, target, order, given)], images)
 
 
 def check_views(vision: bool, latents: bool) -> None:
@@ -201,7 +240,7 @@ def _span(layout: Layout, length: int, modality: Modality) -> Sequence:
     return Sequence(
         tokens=np.zeros(length, np.int32),
         modality=np.full(length, modality, np.int32),
-        position=np.zeros(length, np.int32),
+        position=np.arange(length, dtype=np.int32),
         step=np.ones(length, np.int32),
         text_target=np.zeros(length, np.int32),
         text_weight=np.zeros(length, np.float32),
@@ -232,21 +271,62 @@ def _source(layout: Layout, latents: Latents) -> Sequence:
     return span
 
 
-def _targets(layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"]) -> Sequence:
-    """BOI and all but the last of the image's tokens.
+def _targets(
+    layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"], given: int | None
+) -> Sequence:
+    """All of an image's tokens to be predicted, or what asks for one when some are `given`."""
+    if given is None and latents is not None:
+        return (
+            _queried(layout, latents, order) if layout.queries else _shifted(layout, latents, order)
+        )
+    # The last of an image that is given whole is asked for all the same.
+    given = min(given or 0, layout.image_tokens - 1)
+    if not layout.queries:
+        span = _shifted(layout, latents, order, given + 1)
+        span.image_weight[:] = 0.0
+        return span
+    span = _span(layout, given + 1, Modality.LATENT)
+    span.content_position[:given] = order[:given]
+    if given:
+        span.latent_mean[:given] = latents.mean[order[:given]]
+    span.modality[given] = Modality.QUERY
+    span.tokens[given] = layout.boi
+    span.target_position[given] = order[given]
+    return span
+
+
+def _shifted(
+    layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"], length: int | None = None
+) -> Sequence:
+    """BOI and all but the last of the image's tokens, or the first `length` of these positions.
 
     Each position comes with the token that it predicts.
     """
-    length = layout.image_tokens if latents is not None else 1
+    length = length or layout.image_tokens
     span = _span(layout, length, Modality.LATENT)
     span.modality[0] = Modality.TEXT
     span.tokens[0] = layout.boi
     span.content_position[1:] = order[: length - 1]
     span.target_position[:] = order[:length]
     if latents is not None:
-        span.latent_mean[:] = latents.mean[order]
-        span.latent_std[:] = latents.std[order]
+        span.latent_mean[:] = latents.mean[order[:length]]
+        span.latent_std[:] = latents.std[order[:length]]
         span.image_weight[:] = 1.0
+    return span
+
+
+def _queried(layout: Layout, latents: Latents, order: Int[np.ndarray, "N"]) -> Sequence:
+    """A query for each of the image's tokens, and behind each but the last the token's content."""
+    span = _span(layout, layout.target_length, Modality.LATENT)
+    query, content = slice(0, None, 2), slice(1, None, 2)
+    span.modality[query] = Modality.QUERY
+    span.tokens[query] = layout.boi
+    span.target_position[query] = order
+    span.latent_mean[query] = latents.mean[order]
+    span.latent_std[query] = latents.std[order]
+    span.image_weight[query] = 1.0
+    span.content_position[content] = order[:-1]
+    span.position[:] = np.arange(len(span)) // 2
     return span
 
 
@@ -262,7 +342,9 @@ def _assemble(
         for field in dataclasses.fields(Sequence)
         if field.name != "images"
     }
-    joined["position"] = np.arange(len(joined["tokens"]), dtype=np.int32)
+    starts = np.cumsum([0, *map(len, spans)])
+    for span, start in zip(spans, starts, strict=False):
+        joined["position"][start : start + len(span)] += start
     if layout.bidirectional_prefix:
         # The first position starts step 1, the rest of the prefix joins it; the suffix goes on
         # causally.
@@ -271,7 +353,9 @@ def _assemble(
 
 
 def attention_mask(
-    step_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
+    step_BL: Int[Array, "B L"],
+    segment_BL: Int[Array, "B L"],
+    modality_BL: Int[Array, "B L"] | None = None,
 ) -> Bool[Array, "B L L"]:
     """Who attends to whom: `mask[b, i, j]` is true when position i may look at position j.
 
@@ -279,12 +363,17 @@ def attention_mask(
         step_BL: 1 where a new causal step starts, else 0.
         segment_BL: the example a position belongs to, 0 for padding. A pad attends to nothing and
             nothing attends to it.
+        modality_BL: where there may be queries: nothing attends to one but itself.
     """
     causal_BL = jnp.cumsum(step_BL, axis=1)
     earlier = causal_BL[:, None, :] <= causal_BL[:, :, None]
     same = segment_BL[:, None, :] == segment_BL[:, :, None]
     valid = (segment_BL > 0)[:, :, None]
-    return earlier & same & valid
+    mask_BLL = earlier & same & valid
+    if modality_BL is None:
+        return mask_BLL
+    itself_LL = jnp.eye(step_BL.shape[1], dtype=bool)
+    return mask_BLL & ((modality_BL != Modality.QUERY)[:, None, :] | itself_LL[None])
 
 
 def slots(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -218,3 +219,37 @@ def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return sorted({row for (index,) in indices for row in range(rows)[index]})
+
+
+def mesh_of(params: Tree) -> Mesh | None:
+    """The mesh that parameters lie on; None when they lie on a single device, or on none yet."""
+    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) else None
+
+
+def divisible(rows: int, mesh: Mesh | None) -> int:
+    """The least number of rows, not below `rows`, that the replicas of a mesh can share."""
+    replicas = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // replicas) * replicas
+
+
+def spread(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Arrays that every process holds whole, their rows over the replicas where these divide them.
+
+    Without a mesh they go to the default device.
+    """
+    if mesh is None:
+        return jax.device_put(tree)
+
+    def place(x: np.ndarray | jax.Array) -> jax.Array:
+        whole = divisible(len(x), mesh) != len(x)
+        return jax.device_put(x, replicated(mesh) if whole else batch_sharding(mesh))
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """An array on the host, whole, whatever devices and processes hold it."""
+    if x.is_fully_addressable:
+        return jax.device_get(x)
+    return multihost_utils.process_allgather(x, tiled=True)

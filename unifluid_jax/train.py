@@ -45,6 +45,7 @@ from unifluid_jax.errors import Restart, UserError
 from unifluid_jax.evals.base import EvalConfig
 from unifluid_jax.interop import unifluid
 from unifluid_jax.models.functional import Params
+from unifluid_jax.pretrained import find
 from unifluid_jax.step import State, describe, init, train_step
 
 _CONFIG = cli.config_flag()
@@ -251,6 +252,7 @@ def pretrained(path: str, params: Params) -> Params:
     """The parameters of a checkpoint or an exported model, straight onto their devices.
 
     Args:
+        path: as for `inference.load`.
         params: all that are wanted, as `jax.ShapeDtypeStruct`s with shardings.
 
     Returns:
@@ -260,8 +262,9 @@ def pretrained(path: str, params: Params) -> Params:
         UserError: there are none at that path, or they are damaged or of another model.
     """
     params = lora.base(params)
-    if unifluid.is_folder(Path(path)):
-        return unifluid.read_params(Path(path), params)
+    folder = find(path)
+    if folder is not None:
+        return unifluid.read_params(folder, params)
     return checkpoint.restore_params(path, params, "ema")
 
 

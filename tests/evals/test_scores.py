@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests import worlds
 from unifluid_jax import evals, image_tokenizer
+from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError
 from unifluid_jax.evals import base, caption, grid, judged
 from unifluid_jax.evals.base import Tile
@@ -23,6 +24,7 @@ EVERY = {
     "generate": {"type": "generate", "judge": True},
     "edit": {"type": "edit", "judge": True},
     "reconstruction": {"type": "reconstruction"},
+    "match": {"type": "match"},
 }
 
 
@@ -35,7 +37,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def config(data_dir, monkeypatch):
-    """All five evaluations, named by their types; CIDEr counts as installed."""
+    """All evaluations, named by their types; CIDEr counts as installed."""
     monkeypatch.setattr(caption, "_scorer", Scorer)
     shared = {"dataset": "drawings", "split": "test", "limit": 0, "every": 0, "pictures": 3}
     return ConfigDict(
@@ -85,6 +87,19 @@ class Fake(Model):
         return self.generate(instructions)
 
 
+class FakeSiglip(Contrastive):
+    """Its best caption of a picture is what the function given here makes of it."""
+
+    image_size = 32
+
+    def __init__(self, say):
+        object.__setattr__(self, "say", say)
+
+    def logits(self, images, captions):
+        said = [self.say(image) for image in images]
+        return np.array([[float(s == caption) for caption in captions] for s in said])
+
+
 def outcome(config, name, model, **fields):
     config.evals[name].update(fields)
     return evals.run_one(config, model, evals.check(config)[name])
@@ -96,6 +111,31 @@ def truth(image, question=None):
     if question is None:
         return f"a {seen.color} {seen.shape}"
     return seen.color if "color" in question else seen.shape
+
+
+# --- captions to choose from ---
+
+
+def test_a_siglip_is_scored_by_the_captions_it_chooses(config):
+    found = outcome(config, "match", FakeSiglip(truth))
+    assert found.scores == {"accuracy": 1.0, "captions": 9.0} and found.count == 9
+    assert [tile.text for tile in found.tiles][0] == "a red circle"
+    # One caption for all pictures is right for one of nine.
+    found = outcome(config, "match", FakeSiglip(lambda image: "a red circle"))
+    assert found.scores == {"accuracy": pytest.approx(1 / 9), "captions": 9.0}
+    assert [tile.text for tile in found.tiles][-1].startswith("a red circle (not a ")
+
+
+@pytest.mark.parametrize(
+    ("subject", "name", "message"),
+    [
+        (FakeSiglip(truth), "vqa", "a SigLIP cannot be scored by the type vqa: use match"),
+        (Fake(), "match", "a UniFluid cannot be scored by the type match: use caption or edit or"),
+    ],
+)
+def test_a_subject_that_cannot_do_it_is_named(config, subject, name, message):
+    with pytest.raises(UserError, match=message):
+        outcome(config, name, subject)
 
 
 # --- answers ---

@@ -161,6 +161,25 @@ def test_text_is_dropped_at_the_configured_rate(toy_sequencer, task):
     assert rates[0.0] == 0 and rates[1.0] == 1 and 0.22 < rates[0.3] < 0.38
 
 
+def test_text_and_source_of_edits_are_dropped_together_at_a_rate_of_their_own(toy_sequencer):
+    sequencer = toy_sequencer(text_drop=0.3, source_drop=0.2)
+    layout, random, found = sequencer.layout, rng(), []
+    for _ in range(400):
+        sequence = sequencer.train(an_example("edit"), random)
+        source = len(sequence.images) > 0
+        assert source == (sequence.modality == Modality.VISION).any()
+        assert source == ((sequence.modality == Modality.LATENT) & ~targets(sequence)).any()
+        found.append((layout.null in sequence.tokens, source))
+    rates = {kind: found.count(kind) / 400 for kind in set(found)}
+    assert rates == pytest.approx(
+        {(False, True): 0.5, (True, True): 0.3, (True, False): 0.2}, abs=0.06
+    )
+    generated = [sequencer.train(an_example("generate"), random).tokens for _ in range(200)]
+    assert np.mean([layout.null in tokens for tokens in generated]) == pytest.approx(0.3, abs=0.1)
+    with pytest.raises(UserError, match="text_drop=0.9 and source_drop=0.2 are shares"):
+        toy_sequencer(text_drop=0.9, source_drop=0.2)
+
+
 @pytest.mark.parametrize("task", ["caption", "vqa"])
 def test_what_is_to_be_understood_keeps_its_text(toy_sequencer, task):
     sequencer = toy_sequencer(text_drop=1.0)
@@ -259,7 +278,13 @@ def test_the_prefix_to_decode_from_is_the_start_of_what_was_trained(toy_sequence
         )
     assert not prefix.text_weight.any() and not prefix.image_weight.any()
     dropped = sequencer.prefix(example, order, dropped=True)
-    assert len(dropped) == len(prefix)
+    assert len(dropped) == len(prefix) <= sequencer.prefix_length(task)
+    if task in ("generate", "edit"):
+        whole = sequencer.prefix(example, order, given=4)
+        assert len(prefix) + 3 == len(whole) <= sequencer.prefix_length(task, inpainting=True)
+    if task == "edit":
+        null = sequencer.prefix(example, order, dropped=True, source_dropped=True)
+        assert len(null) == len(prefix) and len(null.images) == 0
     assert sequencer.layout.null in dropped.tokens
 
 

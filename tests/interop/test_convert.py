@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests import worlds
+from tests import tiny, worlds
 from tests.interop.conftest import GOLDEN, golden_config
-from unifluid_jax import checkpoint, image_tokenizer, inference, sharding, train, trees
+from unifluid_jax import checkpoint, image_tokenizer, inference, sharding, tasks, train, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop import export, files, gemma_package, hf_gemma, hf_paligemma, initial
@@ -228,6 +228,29 @@ def test_adapters_are_merged_on_the_way_out(world, tmp_path):
     assert "lora" not in back.config
     for name, x in trees.flatten(model.params).items():
         np.testing.assert_allclose(trees.flatten(back.params)[name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_a_siglip_of_ours_goes_out_and_in_again(convert, tmp_path):
+    """The tower that the task "siglip" trained is that of the model made from its files."""
+    params = worlds.make_params(tasks.make(tiny.siglip(tmp_path)).model)
+    values = configs.to_json(tiny.siglip(tmp_path))
+    with checkpoint.Checkpointer(tmp_path / "run", keep=1) as checkpoints:
+        checkpoints.save(3, {"params": params}, {}, {"config": values})
+    out, initial = tmp_path / "out", tmp_path / "initial"
+    code, said, err = convert(f"--checkpoint={tmp_path / 'run'}", "--to=siglip", f"--out={out}")
+    assert (code, err) == (0, "") and said.startswith("step 3: "), err
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    worlds.save_image_tokenizer(tmp_path / "image_tokenizer")
+    (tmp_path / "config.json").write_text(json.dumps(configs.to_json(tiny.unifluid(tmp_path))))
+    config = tmp_path / "config.json"
+    code, said, err = convert(f"--config={config}", f"--siglip={out}", f"--out={initial}")
+    assert (code, err) == (0, ""), err
+    read = trees.flatten(inference.load(initial).params["vision"])
+    assert read.keys() == trees.flatten(params["vision"]).keys()
+    for name, x in trees.flatten(params["vision"]).items():
+        np.testing.assert_array_equal(read[name], x, name)
+    code, _, err = convert(f"--checkpoint={tmp_path / 'run'}", "--to=gemma", f"--out={out}2")
+    assert code == 2 and 'of the task "siglip": --to=gemma takes unifluid' in err
 
 
 def test_raw_and_averaged_weights(world, tmp_path):

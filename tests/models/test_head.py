@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unifluid_jax.diffusion import DDPM, Ancestral, guided
+from unifluid_jax.diffusion import DDPM
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
+from unifluid_jax.samplers import Ancestral, guided
 
 CONFIG = HeadConfig(token_dim=4, cond_dim=40, width=64, depth=2, out_dim=8, time_dim=32)
 
@@ -184,7 +185,7 @@ def test_guided_sampling_with_the_head(fresh):
     @jax.jit
     def sample(params, keys, z, guidance):
         head = functional().bind(params)
-        predict = guided(lambda x, t: head(x, t, z), guidance, 4)
+        predict = guided(lambda x, t: head(x, t, z), [guidance], 4)
         return Ancestral(DDPM(), 8, clip=3.0)(keys, predict, 4, 0.9)
 
     params = jax.tree.map(lambda x: x + 0.01, fresh)

@@ -213,3 +213,27 @@ def test_fresh_positions_tell_rows_and_columns_apart():
         beside = np.append(np.delete(here[row], column), np.delete(here[:, column], row))
         assert abs(beside - 0.5).max() < 0.15 and abs(elsewhere).max() < 0.25
     np.testing.assert_allclose(np.abs(content).max(), 2.0, rtol=1e-3)
+
+
+def test_a_query_sees_the_contents_before_it_and_no_other_query(params):
+    model = Functional(lambda rngs: UniFluid(dataclasses.replace(CONFIG, queries=True), rngs=rngs))
+    example = examples(dataclasses.replace(LAYOUT, queries=True))[1]
+    batch = pack([[example]], length=16)
+    queries = np.flatnonzero(example.target_position >= 0)
+
+    @jax.jit
+    def outputs(x, target):
+        hidden = model.bind(params).hidden({**batch, "target_position": target}, x)
+        return jnp.square(hidden[0, queries]).sum(axis=-1)
+
+    target = batch["target_position"]
+    jacobian = jax.jit(jax.jacrev(outputs))(batch["latent_mean"], target)[:, 0]
+    for i in range(N):
+        # A latent is kept at the query that predicts it, and fed by the content that follows.
+        seen = np.flatnonzero(np.abs(jacobian[i]).sum(-1))
+        np.testing.assert_array_equal(seen, queries[:i])
+    base = outputs(batch["latent_mean"], target)
+    for i in range(N):
+        other = target.at[0, queries[i]].set((target[0, queries[i]] + 1) % N)
+        changed = np.abs(outputs(batch["latent_mean"], other) - base) > 1e-6
+        np.testing.assert_array_equal(np.flatnonzero(changed), [i])

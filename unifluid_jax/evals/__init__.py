@@ -109,7 +109,7 @@ def run_one(config: ConfigDict, subject: Subject, c: EvalConfig) -> Outcome:
     Raises:
         UserError: the data are not there or do not fit, or the subject cannot do it.
     """
-    kind, types = _SUBJECTS[type(subject)]
+    kind, types = next(can for known, can in _SUBJECTS.items() if isinstance(subject, known))
     if c.type not in types:
         raise UserError(f"{kind} cannot be scored by the type {c.type}: use {' or '.join(types)}")
     module = TYPES[c.type]

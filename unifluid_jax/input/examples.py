@@ -147,7 +147,7 @@ class Sequencer:
         fingerprint: of the image tokenizer.
         image_size: side of the pictures that the vision tower reads; others are resized.
         input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `text_drop`,
-            `edit_vision`, `edit_latents`.
+            `source_drop`, `edit_vision`, `edit_latents`.
     """
 
     def __init__(
@@ -166,10 +166,20 @@ class Sequencer:
         self.fingerprint, self.image_size = fingerprint, image_size
         self._random_order = c.order == "random"
         self._limit, self._text_drop = c.max_prompt_tokens, c.text_drop
+        # Configs stored before there was one know no `source_drop`.
+        self._source_drop = c.get("source_drop", 0.0)
+        if not 0 <= self._text_drop + self._source_drop <= 1:
+            raise UserError(
+                f"config.input.text_drop={self._text_drop} and source_drop={self._source_drop} are"
+                " shares of the examples: together at most 1"
+            )
         self._edit_vision, self._edit_latents = c.edit_vision, c.edit_latents
 
     def train(self, example: Example, rng: np.random.Generator) -> Sequence:
         """The supervised sequence of an example: text dropped at random, tokens in a fresh order.
+
+        Of edits the share `text_drop` loses its text, and the share `source_drop` text and source:
+        what the branches of guidance are given (see `decode_image.py`).
 
         Raises:
             Unfit: a text of it is empty or longer than `max_prompt_tokens`. It is not cut: a cut
@@ -179,21 +189,35 @@ class Sequencer:
         if example.task in ("caption", "vqa"):
             image = resized(example.image, self.image_size)
             return sequence.understanding(self.layout, image, prompt, self._checked(example.answer))
-        if rng.random() < self._text_drop:
+        drawn = rng.random()
+        source_dropped = example.task == "edit" and drawn > 1 - self._source_drop
+        if drawn < self._text_drop or source_dropped:
             prompt = sequence.dropped(self.layout, prompt)
         order = self.order(rng)
         if example.task == "generate":
             return sequence.generation(self.layout, prompt, example.target_latents, order)
-        return self._edit(example, prompt, example.target_latents, order)
+        return self._edit(
+            example, prompt, example.target_latents, order, source_dropped=source_dropped
+        )
 
     def prefix(
-        self, example: Example, order: Int[np.ndarray, "N"], *, dropped: bool = False
+        self,
+        example: Example,
+        order: Int[np.ndarray, "N"],
+        *,
+        dropped: bool = False,
+        source_dropped: bool = False,
+        given: int = 0,
     ) -> Sequence:
-        """The sequence to decode from; with `dropped`, its unconditional twin for guidance.
+        """The sequence to decode from; with `dropped`, a less conditional branch of guidance.
 
         Args:
-            example: its answer and target are not looked at. An edit brings `source_latents` if the
-                model reads them.
+            example: its answer and target are not looked at, but for what is `given`. An edit
+                brings `source_latents` if the model reads them.
+            dropped: leave out the text.
+            source_dropped: leave out the source of an edit.
+            given: number of tokens of `target_latents`, the first in the order, that are known
+                beforehand (inpainting).
 
         Raises:
             UserError: the prompt is empty or too long.
@@ -209,9 +233,10 @@ class Sequencer:
         if example.task in ("caption", "vqa"):
             image = resized(example.image, self.image_size)
             return sequence.understanding(self.layout, image, prompt, None)
+        target = example.target_latents if given else None
         if example.task == "generate":
-            return sequence.generation(self.layout, prompt, None, order)
-        return self._edit(example, prompt, None, order)
+            return sequence.generation(self.layout, prompt, target, order, given)
+        return self._edit(example, prompt, target, order, given, source_dropped=source_dropped)
 
     def order(self, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
         """An order of the image tokens: a fresh permutation, or raster."""
@@ -230,7 +255,7 @@ class Sequencer:
             # BOS and separator around the prompt; the answer's EOS is predicted, never fed.
             length = layout.vision_tokens + 2 + 2 * limit
             return {"seq_len": length, "max_images": 1, "max_text_targets": limit + 1}
-        length = 1 + limit + layout.image_tokens
+        length = 1 + limit + layout.target_length
         if task == "edit":
             sequence.check_views(self._edit_vision, self._edit_latents)
             length += self._edit_vision * layout.vision_tokens
@@ -240,6 +265,14 @@ class Sequencer:
             "max_images": int(task == "edit" and self._edit_vision),
             "max_image_targets": layout.image_tokens,
         }
+
+    def prefix_length(self, task: str, inpainting: bool = False) -> int:
+        """Positions of the longest prefix of a task; with given tokens, of any number of them."""
+        longest = self.largest(task)["seq_len"]
+        if task in ("caption", "vqa"):
+            return longest - self._limit
+        length = longest - self.layout.target_length + 1
+        return length + self.layout.image_tokens - 1 if inpainting else length
 
     def _checked(self, text: str) -> list[int]:
         ids = self.text.encode(text)
@@ -253,7 +286,14 @@ class Sequencer:
         return ids
 
     def _edit(
-        self, example: Example, prompt: list[int], target: Latents | None, order: np.ndarray
+        self,
+        example: Example,
+        prompt: list[int],
+        target: Latents | None,
+        order: np.ndarray,
+        given: int | None = None,
+        *,
+        source_dropped: bool,
     ) -> Sequence:
         source, latents = None, None
         if self._edit_vision:
@@ -262,7 +302,16 @@ class Sequencer:
             latents = example.source_latents
             if latents is None:
                 raise ValueError("an edit needs its source's latents: encode the picture first")
-        return sequence.editing(self.layout, source, latents, prompt, target, order)
+        return sequence.editing(
+            self.layout,
+            source,
+            latents,
+            prompt,
+            target,
+            order,
+            given,
+            source_dropped=source_dropped,
+        )
 
 
 def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
@@ -279,6 +328,8 @@ def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
         image_tokens=images.config.image_tokens,
         token_dim=images.config.token_dim,
         bidirectional_prefix=config.model.bidirectional_prefix,
+        # Configs stored before there were queries know no such field.
+        queries=config.model.get("queries", False),
     )
     scale = LatentScale(images.channel_mean, images.channel_std)
     return Sequencer(text, layout, scale, images.fingerprint, vision.image_size, config.input)

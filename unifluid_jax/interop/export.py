@@ -19,6 +19,7 @@ from unifluid_jax.checkpoint import parameter_folders
 from unifluid_jax.config import make_part
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop import (
+    card,
     gemma_package,
     hf_config,
     hf_gemma,
@@ -53,13 +54,17 @@ class Stored:
         folder: of the step.
         which: "ema" or "params".
         alpha: LoRA's, if there are adapters.
+
+    Attributes:
+        weights: "ema" or "params": what those that were trained are in truth.
     """
 
     def __init__(self, folder: epath.Path, which: str, alpha: float | None = None):
         self.path, self._alpha = folder, alpha
+        parts = parameter_folders(folder, which)
+        self.weights = parts[0][1]
         self._sources = [
-            (orbax.OrbaxSource(Path(part), key), leaves)
-            for part, key, leaves in parameter_folders(folder, which)
+            (orbax.OrbaxSource(Path(part), key), leaves) for part, key, leaves in parts
         ]
         self._source = {name: source for source, _ in self._sources for name in source.leaves}
         self._adapters = {
@@ -145,8 +150,12 @@ def convert(
         if to == "unifluid":
             if vocabulary is not None:
                 raise UserError("--vocab_rows goes with other formats than unifluid")
+            about = {"step": int(folder.name), "weights": source.weights}
+            scores = card.scores_of(folder, source.weights)
+            text = card.card(out.name, config, source.leaves, about["step"], scores)
+            (partial / unifluid.CARD).write_text(text)
             _copy_tokenizers(config, partial)
-            return write_unifluid(source, config, partial, dtype=dtype, advance=advance)
+            return write_unifluid(source, config, partial, about, dtype=dtype, advance=advance)
         text = None
         if to != "siglip":
             rows = vocabulary or source.leaves["backbone/embedding"].shape[0]
@@ -241,11 +250,18 @@ def write_unifluid(
     source: Source,
     config: ConfigDict,
     out: Path,
+    about: Mapping[str, Any],
     *,
     dtype: np.dtype | None = None,
     advance: Callable[..., None] = lambda done, total=None: None,
 ) -> dict[str, Leaf]:
-    """Writes all leaves under their own names, and the config."""
+    """Writes all leaves under their own names, and the config.
+
+    Args:
+        about: what else config.json is to say.
+
+    Other arguments as for `convert`.
+    """
     total = sum(leaf.nbytes for leaf in source.leaves.values())
     written = transfer.take_out(
         unifluid.table(source.leaves),
@@ -257,7 +273,11 @@ def write_unifluid(
     )
     values = configs.to_json(config)
     values.pop("lora", None)  # merged
-    _write_json(out / unifluid.CONFIG, {"format": unifluid.FORMAT, "config": values})
+    values["tokenizer"]["path"] = unifluid.TEXT_TOKENIZER
+    values["image_tokenizer"]["path"] = unifluid.IMAGE_TOKENIZER
+    types = sorted({leaf.dtype.name for leaf in written.values()})
+    described = {"format": unifluid.FORMAT, "config": values, **about, "dtype": "|".join(types)}
+    _write_json(out / unifluid.CONFIG, described)
     return written
 
 

@@ -34,7 +34,11 @@ from unifluid_jax.models.siglip import resize_positions
 from unifluid_jax.models.vae import VaeConfig
 from unifluid_jax.parts import assemble
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": BFLOAT16,
+    "float16": np.dtype(np.float16),
+}
 
 # The subtrees of a UniFluid that a part holds.
 PARTS = {

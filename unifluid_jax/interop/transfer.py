@@ -149,7 +149,8 @@ def _compare(
     for canonical, shape in plan.theirs.items():
         path = plan.source[canonical]
         if canonical not in names:
-            lacking(path, canonical, f"{canonical} ({path}) is missing")
+            ours = "" if path == canonical else f" ({path})"
+            lacking(path, canonical, f"{canonical}{ours} is missing")
             continue
         name = names[canonical]
         leaf, where = source.leaves[name], source.where(name)
@@ -355,11 +356,13 @@ def cast(x: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         y = x.astype(dtype)
     if dtype.itemsize <= x.dtype.itemsize:
-        _check_finite(y, f"{where}, as {dtype.name},")
+        _check_finite(y, where, f"values that {dtype.name} does not: take another --dtype")
     return y
 
 
-def _check_finite(x: np.ndarray, where: str) -> None:
+def _check_finite(
+    x: np.ndarray, where: str, found: str = "values that are NaN or infinite"
+) -> None:
     for i in range(0, x.size, _CHUNK) if x.flags.c_contiguous else [None]:
         part = x if i is None else x.reshape(-1)[i : i + _CHUNK]
         if part.dtype == BFLOAT16:
@@ -368,9 +371,7 @@ def _check_finite(x: np.ndarray, where: str) -> None:
         else:
             wrong = ~np.isfinite(part)
         if wrong.any():
-            raise UserError(
-                f"{where} holds {np.count_nonzero(wrong):,} values that are NaN or infinite"
-            )
+            raise UserError(f"{where} holds {np.count_nonzero(wrong):,} {found}")
 
 
 def _check_tied(source: Source, output: str, tied: str) -> None:

@@ -1,10 +1,12 @@
 """A whole UniFluid as safetensors + config.json: our own leaves under their own names.
 
-config.json             {"format": "unifluid", "config": the experiment's config, ...}
+config.json             {"format": "unifluid", "config": the config of the run, "step": ...,
+                        "weights": "ema" or "params", "dtype": ...}
 model.safetensors       parameters by path ("backbone/layers/q", all layers stacked), one file
                         or several with an index
 image_tokenizer/        copies of the two tokenizers, so that the folder needs nothing else
 tokenizer.model
+README.md               the model card
 """
 
 import json
@@ -25,7 +27,9 @@ from unifluid_jax.interop.rules import Rule, Span, Table
 from unifluid_jax.interop.tensors import leaves_of, part
 
 FORMAT = "unifluid"
-CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZER = "config.json", "image_tokenizer", "tokenizer.model"
+CONFIG, CARD = "config.json", "README.md"
+IMAGE_TOKENIZER, TEXT_TOKENIZER = "image_tokenizer", "tokenizer.model"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 # Of parameters that hold all layers along their first axis: of backbone, vision tower and head.
 _STACKED = r"(.*/)?(layers|blocks)/.*"
@@ -41,28 +45,42 @@ def table(paths: Iterable[str]) -> Table:
     return Table("UniFluid", tuple(Rule(path, path, stacked=is_stacked(path)) for path in paths))
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a UniFluid was exported here."""
-    try:
-        values = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("format") == FORMAT
-
-
 def read_config(folder: Path) -> ConfigDict:
-    """The config of an exported model; its tokenizers are those in the folder.
+    """The config of an exported model, locked; its tokenizers are those in the folder.
 
     Raises:
-        UserError: the folder holds no such config.
+        UserError: there is none, or it is damaged.
     """
     try:
-        values = json.loads((folder / CONFIG).read_text())["config"]
+        values = _described(folder)["config"]
         values["tokenizer"]["path"] = str(folder / TEXT_TOKENIZER)
         values["image_tokenizer"]["path"] = str(folder / IMAGE_TOKENIZER)
         return configs.from_json(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG} describes no UniFluid ({error})") from None
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What else config.json says: `step`, `weights` ("ema" or "params"), `dtype`.
+
+    Raises:
+        UserError: there is no config.json, or it is damaged.
+    """
+    return {name: x for name, x in _described(folder).items() if name not in ("format", "config")}
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except OSError as error:
+        raise UserError(
+            f"{folder} has no {CONFIG} ({error.strerror}): export or fetch it anew"
+        ) from None
+    except ValueError as error:  # neither JSON nor even text
+        raise UserError(f"{folder / CONFIG} is damaged ({error}): fetch it anew") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f'{folder / CONFIG} describes no UniFluid (no "format": "{FORMAT}")')
+    return values
 
 
 def read_params(folder: Path, abstract: Any) -> Any:

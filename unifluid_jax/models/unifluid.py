@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from unifluid_jax.models.functional import param
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
@@ -33,6 +33,8 @@ class UniFluidConfig:
             begin as sines and cosines of the cell's row and column (our choice): neighbours are
             alike from the start, and matching a cell with itself is a linear map away.
         target_in_head: add the target position once more to z before the head, as MAR does.
+        queries: image tokens are asked for by queries (see `sequence.py`), several at once if
+            wanted.
     """
 
     backbone: GemmaConfig
@@ -41,6 +43,7 @@ class UniFluidConfig:
     image_tokens: int
     position_init: float = 1.0
     target_in_head: bool = True
+    queries: bool = False
 
 
 class Linear(nnx.Module):
@@ -86,7 +89,8 @@ class UniFluid(nnx.Module):
 
         Args:
             batch: `tokens`, `modality`, `content_position`, `target_position` [B, L] and `images`
-                uint8 [B, I, H, W, 3].
+                uint8 [B, I, H, W, 3]; or of fewer rows, of which the rows of the others are
+                repetitions (branches of guidance).
             latents_BLC: samples of the latents kept at each position (see `sequence.py`).
         """
         modality_BL = batch["modality"]
@@ -96,7 +100,11 @@ class UniFluid(nnx.Module):
             x_BLD = jnp.where((modality_BL == Modality.VISION)[:, :, None], seen_BLD, x_BLD)
         target_BL = batch["target_position"]
         previous_BLC = jnp.pad(latents_BLC, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        fed_BLC = jnp.where((target_BL >= 0)[:, :, None], previous_BLC, latents_BLC)
+        # The latents of a content are kept with what predicted them, just before it.
+        behind_BL = target_BL >= 0
+        if self.config.queries:
+            behind_BL |= jnp.pad(modality_BL == Modality.QUERY, ((0, 0), (1, 0)))[:, :-1]
+        fed_BLC = jnp.where(behind_BL[:, :, None], previous_BLC, latents_BLC)
         latent_BLD = self.embed_content(fed_BLC, batch["content_position"])
         x_BLD = jnp.where((modality_BL == Modality.LATENT)[:, :, None], latent_BLD, x_BLD)
         return x_BLD + self.embed_target(target_BL)
@@ -118,8 +126,13 @@ class UniFluid(nnx.Module):
         The full pass that training uses and cached decoding must equal.
         """
         x_BLD = self.embed(batch, latents_BLC)
-        mask_BLL = attention_mask(batch["step"], batch["segment"])
+        mask_BLL = self.mask(batch)
         return self.backbone(x_BLD, batch["position"], mask_BLL)[0]
+
+    def mask(self, batch: Batch) -> Bool[Array, "B L L"]:
+        """Who attends to whom in packed rows."""
+        modality_BL = batch["modality"] if self.config.queries else None
+        return attention_mask(batch["step"], batch["segment"], modality_BL)
 
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
@@ -142,6 +155,7 @@ class UniFluid(nnx.Module):
         features = self.vision(images)
         features = features.reshape(b, i * features.shape[1], features.shape[2])
         projected = self.vision_proj(features, self.config.backbone.dtype)
+        projected = jnp.tile(projected, (len(here_BL) // b, 1, 1))
         rank_BL = jnp.maximum(jnp.cumsum(here_BL, axis=1) - 1, 0)
         return jnp.take_along_axis(projected, rank_BL[:, :, None], axis=1)
 

@@ -1,0 +1,491 @@
+"""Cached decoding of image tokens: one compiled program, or the same a step at a time.
+
+The prefix goes through the model once; then a loop makes the tokens, in the order given, one group
+at a time: a pass of the backbone for the group, and the head's diffusion inside. A model without
+queries is fed the token before and makes one token a step; one with queries (see `sequence.py`) is
+fed the tokens of the group before and one query per token of the group: all of a group are drawn at
+once, each given everything but the others of its group.
+
+Guidance decodes several branches of every picture side by side, from the most to the least
+conditional: (text, none); for edits with a scale for the source too (text and source, source,
+none), as InstructPix2Pix. They share the tokens drawn.
+
+What is known beforehand (inpainting) is laid out in the prefix, first in the order; it is never
+drawn.
+
+Prompts, keys, guidance and temperature are traced: one program serves all of them; it is compiled
+per number of rows, prefix length and `ImageSampling`.
+
+Letters: as in `decode.py`, and G branches of guidance, K tokens of a group, S slots of the cache.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from unifluid_jax.decode import fill, stack
+from unifluid_jax.diffusion import Process
+from unifluid_jax.errors import UserError
+from unifluid_jax.models.functional import Functional, Params
+from unifluid_jax.models.gemma import Cache
+from unifluid_jax.models.unifluid import Batch, UniFluid
+from unifluid_jax.samplers import Sampler, guidance_at, guided, sampler_from, within
+from unifluid_jax.sequence import Sequence as TokenSequence
+
+_BUCKETS = 4  # numbers of diffusion steps that DiSA's schedule takes: each is compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSampling:
+    """How image tokens are drawn; all of it compiled in.
+
+    Attributes:
+        sampler: of the diffusion head.
+        schedule: of guidance over the tokens, see `samplers.guidance_at`.
+        power: exponent of the schedule "power".
+        interval: of diffusion time, 0 (clean) to 1 (noise), inside of which there is guidance;
+            outside, the head runs for the conditional branch alone (arXiv 2404.07724; in time
+            where that has noise levels).
+        last_steps: diffusion steps of the last tokens, the sampler's own being those of the first;
+            between, they fall linearly in four stages (DiSA, arXiv 2505.20297: the more tokens are
+            known, the less is left to decide). None keeps them as they are.
+        parallel: tokens drawn in a step, on average; above 1 only for a model with queries.
+        growth: "constant", or "cosine" for few tokens in the first steps and many in the last
+            (MaskGIT).
+        limit: bound on the root mean square of a drawn token over its dims, in standard deviations
+            of the data: longer ones are scaled down to it, so that guidance does not drive them off
+            scale. Ours, after SphereAR's constant norm (arXiv 2509.24335). None is no bound.
+
+    Raises:
+        UserError: a value makes no sense.
+    """
+
+    sampler: Sampler
+    schedule: str = "constant"
+    power: float = 2.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    last_steps: int | None = None
+    parallel: int = 1
+    growth: str = "constant"
+    limit: float | None = None
+
+    def __post_init__(self):
+        guidance_at(self.schedule, 1.0, 1.0, self.power)  # knows the schedules
+        if not (math.isfinite(self.power) and self.power > 0):
+            raise UserError(f"power is {self.power}: set it above 0")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise UserError(
+                f"the guidance interval is {tuple(self.interval)}: set two times, the first below"
+                " the second, both from 0 (clean) to 1 (noise)"
+            )
+        if self.last_steps is not None:
+            self.sampler.with_steps(self.last_steps)  # knows how few it can do with
+            if self.last_steps > self.sampler.steps:
+                raise UserError(
+                    f"last_steps is {self.last_steps} and the sampler's steps are"
+                    f" {self.sampler.steps}: set last_steps to at most that"
+                )
+        if self.parallel < 1:
+            raise UserError(f"parallel is {self.parallel}: draw 1 token or more in a step")
+        if self.growth not in ("constant", "cosine"):
+            raise UserError(f'growth is "{self.growth}": set it to constant or cosine')
+        if self.limit is not None and not self.limit > 0:
+            raise UserError(f"limit is {self.limit}: set it above 0, or to None for no bound")
+
+
+def sampling_from(
+    process: Process, queries: bool, sampler: Mapping[str, Any], **fields: Any
+) -> ImageSampling:
+    """An `ImageSampling` from plain values.
+
+    Args:
+        process: of the diffusion head.
+        queries: whether the model has been trained with queries (`config.model.queries`).
+        sampler: `name` and fields of the sampler, see `samplers.sampler_from`.
+        **fields: of `ImageSampling`; those left out have their defaults.
+
+    Raises:
+        UserError: an unknown name, or a value that makes no sense.
+    """
+    if "interval" in fields:
+        fields["interval"] = tuple(map(float, fields["interval"]))
+        if len(fields["interval"]) != 2:
+            raise UserError(f"the guidance interval is {fields['interval']}: set two times")
+    sampling = ImageSampling(sampler_from(process, **sampler), **fields)
+    if sampling.parallel > 1 and not queries:
+        raise UserError(
+            f"parallel={sampling.parallel} needs a model trained with config.model.queries=True:"
+            " set parallel to 1"
+        )
+    return sampling
+
+
+class Given(NamedTuple):
+    """Tokens known beforehand, the first `count_B` cells of each row's order.
+
+    Attributes:
+        tokens_BNC: in raster order, normalised; elsewhere anything.
+        count_B: how many, 0 to N. The prefix of a row holds as many.
+    """
+
+    tokens_BNC: Float[Array, "B N C"]
+    count_B: Int[Array, "B"]
+
+
+class Stage(NamedTuple):
+    """Steps of one kind.
+
+    Attributes:
+        first: number of tokens known before its first step.
+        groups: number of steps.
+        width: K, tokens of a step.
+        sampler: of the diffusion head.
+    """
+
+    first: int
+    groups: int
+    width: int
+    sampler: Sampler
+
+
+def stages(count: int, how: ImageSampling) -> list[Stage]:
+    """How `count` tokens are made; the widths of successive stages never fall."""
+    found: list[Stage] = []
+    known = 0
+    for width in group_sizes(count, how.parallel, how.growth):
+        sampler = how.sampler
+        if how.last_steps is not None:
+            bucket = min(known * _BUCKETS // count, _BUCKETS - 1)
+            span = how.last_steps - sampler.steps
+            sampler = sampler.with_steps(sampler.steps + round(span * bucket / (_BUCKETS - 1)))
+        if found and (found[-1].width, found[-1].sampler) == (width, sampler):
+            found[-1] = found[-1]._replace(groups=found[-1].groups + 1)
+        else:
+            found.append(Stage(known, 1, width, sampler))
+        known += width
+    return found
+
+
+def group_sizes(count: int, parallel: int, growth: str) -> list[int]:
+    """Numbers of tokens of the steps, `parallel` on average, never falling; they add up to `count`.
+
+    A remainder goes first, where the least is known.
+    """
+    parallel = min(parallel, count)
+    steps = -(-count // parallel)
+    if growth == "constant":
+        rest = count - (steps - 1) * parallel
+        return [rest] + [parallel] * (steps - 1)
+    known = [count * (1 - math.cos(math.pi / 2 * s / steps)) for s in range(steps + 1)]
+    sizes = sorted(max(1, round(b) - round(a)) for a, b in itertools.pairwise(known))
+    sizes[-1] += max(count - sum(sizes), 0)
+    while sum(sizes) > count:  # at least one in each: taken back from the largest
+        sizes[sizes.index(max(sizes))] -= 1
+    return sorted(sizes)
+
+
+class _Fixed(NamedTuple):
+    """What stays the same while pictures are made.
+
+    Attributes:
+        valid_RP: positions of the prefix that are looked at; R = G B rows, branch by branch.
+        base_R: RoPE position of what stands where token 0 is asked for.
+        first_RD: embedding of the last position of the prefix, which asks for the first token.
+        boi_RD: embedding of BOI, what a query is fed.
+    """
+
+    valid_RP: Array
+    base_R: Array
+    first_RD: Array
+    boi_RD: Array
+    order_BN: Array
+    key_B: Array
+    count_B: Array
+    guidance: tuple[Array, ...]
+    temperature: Array
+
+
+class _Progress(NamedTuple):
+    """What changes: the cache, and the tokens known so far, in raster order."""
+
+    cache: Cache
+    tokens_BNC: Array
+
+
+def branched(branches: Sequence[list[TokenSequence]], length: int) -> dict[str, np.ndarray]:
+    """The prefixes of all branches as the rows of one batch, the most conditional branch first.
+
+    Branches look at the same pictures, or at none: they are kept once, and seen by the vision tower
+    once.
+    """
+    batches = [stack(sequences, length) for sequences in branches]
+    joined = {
+        name: np.concatenate([batch[name] for batch in batches])
+        for name in batches[0]
+        if name != "images"
+    }
+    return {**joined, "images": batches[0]["images"]}
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="how")
+def images(
+    functional: Functional,
+    params: Params,
+    prefix: Batch,
+    order_BN: Int[Array, "B N"],
+    key_B: jax.Array,
+    guidance: tuple[ArrayLike, ...],
+    temperature: ArrayLike,
+    given: Given | None = None,
+    *,
+    how: ImageSampling,
+) -> Float[Array, "B N C"]:
+    """Image tokens, normalised, in raster order.
+
+    Args:
+        functional, params: the UniFluid.
+        prefix: from `branched`: rows up to and with the position that asks for the first token.
+        order_BN: the order in which the grid cells are decoded.
+        key_B: a typed key per row; the row's noise depends on it alone.
+        guidance: a scale for each branch but the last, a scalar or a value per row: for (text,
+            none) that of the text; for (text and source, source, none) those of text and source.
+            Empty without guidance: one branch.
+        temperature: of the sampler, scalar or one per row.
+        given: tokens known beforehand, which the result holds unchanged.
+        how: all other settings.
+    """
+    model: UniFluid = functional.bind(params)
+    fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given, how)
+    for stage in stages(order_BN.shape[1], how):
+
+        def body(group: Array, progress: _Progress, stage: Stage = stage) -> _Progress:
+            known = stage.first + group * stage.width
+            return _step(model, fixed, progress, known, stage, how)
+
+        low = 0 if given is None else _passed(fixed.count_B.min(), stage)
+        progress = jax.lax.fori_loop(low, stage.groups, body, progress)
+    return progress.tokens_BNC
+
+
+def stream(
+    functional: Functional,
+    params: Params,
+    prefix: Mapping[str, ArrayLike],
+    order_BN: ArrayLike,
+    key_B: jax.Array,
+    guidance: tuple[ArrayLike, ...],
+    temperature: ArrayLike,
+    given: Given | None = None,
+    *,
+    how: ImageSampling,
+) -> Iterator[tuple[Float[Array, "B N C"], int]]:
+    """As `images`, a step at a time: the tokens so far (0 where unknown), and how many are known.
+
+    The first yield shows what is given, the last is what `images` returns.
+    """
+    least = 0 if given is None else int(np.min(given.count_B))
+    if given is not None:
+        known = np.argsort(order_BN, axis=1) < given.count_B[:, None]
+        given = given._replace(tokens_BNC=np.where(known[:, :, None], given.tokens_BNC, 0))
+    fixed, progress = _started(
+        functional, params, prefix, order_BN, key_B, guidance, temperature, given, how=how
+    )
+    # Handed out as copies: the next step overwrites its buffers.
+    yield jnp.copy(progress.tokens_BNC), least
+    for stage in stages(order_BN.shape[1], how):
+        for group in range(int(_passed(least, stage)), stage.groups):
+            known = stage.first + group * stage.width
+            progress = _stepped(functional, params, fixed, progress, known, stage=stage, how=how)
+            yield jnp.copy(progress.tokens_BNC), known + stage.width
+
+
+def _passed(least: ArrayLike, stage: Stage) -> Array:
+    """Steps of a stage that draw nothing, when every row has `least` tokens given or more."""
+    return jnp.clip((least - stage.first) // stage.width, 0, stage.groups)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="how")
+def _started(functional, params, *arguments, how):
+    return _begin(functional.bind(params), *arguments, how)
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("stage", "how"), donate_argnames="progress"
+)
+def _stepped(functional, params, fixed, progress, known, *, stage, how):
+    return _step(functional.bind(params), fixed, progress, known, stage, how)
+
+
+def _begin(
+    model: UniFluid,
+    prefix: Batch,
+    order_BN: Array,
+    key_B: Array,
+    guidance: tuple[Array, ...],
+    temperature: Array,
+    given: Given | None,
+    how: ImageSampling,
+) -> tuple[_Fixed, _Progress]:
+    """Feeds the prefixes, all but their last position, which the first step feeds."""
+    (rows, count), branches = order_BN.shape, len(guidance) + 1
+    if len(prefix["segment"]) != branches * rows:
+        raise ValueError(
+            f"{len(prefix['segment'])} prefixes for {branches} branches of {rows} pictures"
+        )
+    if given is None:
+        given = Given(
+            jnp.zeros((rows, count, model.config.head.token_dim), jnp.float32),
+            jnp.zeros(rows, jnp.int32),
+        )
+    length_R = (prefix["segment"] > 0).sum(axis=1) - 1
+    last_RP = jnp.arange(prefix["segment"].shape[1])[None] == length_R[:, None]
+    valid_RP = (prefix["segment"] > 0) & ~last_RP
+    prefix = {**prefix, "segment": valid_RP.astype(jnp.int32)}
+    x_RPD, _, cache = fill(model, prefix, _gap(model, count, how) + count)
+    token_R = jnp.where(last_RP, prefix["tokens"], 0).sum(axis=1)
+    fixed = _Fixed(
+        valid_RP=valid_RP,
+        base_R=length_R - jnp.tile(given.count_B, branches),
+        first_RD=jnp.take_along_axis(x_RPD, length_R[:, None, None], axis=1)[:, 0],
+        boi_RD=model.backbone.embed(token_R[:, None])[:, 0],
+        order_BN=order_BN,
+        key_B=key_B,
+        count_B=given.count_B,
+        guidance=tuple(jnp.asarray(scale, jnp.float32) for scale in guidance),
+        temperature=jnp.asarray(temperature, jnp.float32),
+    )
+    return fixed, _Progress(cache, given.tokens_BNC)
+
+
+def _gap(model: UniFluid, count: int, how: ImageSampling) -> int:
+    """Spare slots of the cache between prefix and tokens.
+
+    With queries, a step of K tokens feeds the contents of the K before it. At first these are not
+    there: what is fed instead is written here, and never looked at.
+    """
+    return stages(count, how)[-1].width if model.config.queries else 0
+
+
+def _step(
+    model: UniFluid,
+    fixed: _Fixed,
+    progress: _Progress,
+    known: ArrayLike,
+    stage: Stage,
+    how: ImageSampling,
+) -> _Progress:
+    """Draws the group that follows the first `known` tokens.
+
+    Token j has slot j behind the gap. A group of rows of which some are given is drawn like any
+    other, and what was drawn in place of a given token is thrown away.
+    """
+    count, branches = fixed.order_BN.shape[1], len(fixed.guidance) + 1
+    cell_BK = jax.lax.dynamic_slice_in_dim(fixed.order_BN, known, stage.width, axis=1)
+    x_RTD, index_T = _inputs(model, fixed, progress.tokens_BNC, known, cell_BK)
+    count_R = jnp.tile(fixed.count_B, branches)
+    # All queries of a step stand where the next token would: which it is, their cells alone tell.
+    behind_R = jnp.maximum(known, count_R)
+    position_RT = fixed.base_R[:, None] + jnp.minimum(index_T[None], behind_R[:, None])
+    start = fixed.valid_RP.shape[1] + _gap(model, count, how)
+    hidden_RTD, cache = model.backbone(
+        x_RTD,
+        position_RT,
+        _visible(fixed.valid_RP, count_R, known, index_T, start, start + count),
+        progress.cache,
+        start + index_T[0],
+    )
+    z_RKD = model.condition(hidden_RTD[:, -stage.width :], jnp.tile(cell_BK, (branches, 1)))
+    x_BKC = _draw(model, fixed, z_RKD, known, count, stage, how)
+    row_B1 = jnp.arange(len(cell_BK))[:, None]
+    tokens_BNC = progress.tokens_BNC
+    mine_BK = known + jnp.arange(stage.width)[None] >= fixed.count_B[:, None]
+    x_BKC = jnp.where(mine_BK[:, :, None], x_BKC, tokens_BNC[row_B1, cell_BK])
+    return _Progress(cache, tokens_BNC.at[row_B1, cell_BK].set(x_BKC))
+
+
+def _inputs(
+    model: UniFluid, fixed: _Fixed, tokens_BNC: Array, known: ArrayLike, cell_BK: Array
+) -> tuple[Array, Array]:
+    """What a step feeds: embeddings, and the index of each in the order."""
+    rows, width = cell_BK.shape
+    branches = len(fixed.guidance) + 1
+
+    def contents(index_K: Array) -> Array:
+        """Embeddings of tokens made before; of anything where the index is negative."""
+        cell_BK = jnp.take(fixed.order_BN, jnp.maximum(index_K, 0), axis=1)
+        token_BKC = jnp.take_along_axis(tokens_BNC, cell_BK[:, :, None], axis=1)
+        return model.embed_content(token_BKC, cell_BK)
+
+    target_BKD = model.embed_target(cell_BK)
+    if not model.config.queries:
+        x_B1D = contents(jnp.reshape(known - 1, 1)) + target_BKD
+        first_R = known == jnp.tile(fixed.count_B, branches)
+        x_R1D = jnp.tile(x_B1D, (branches, 1, 1))
+        x_R1D = jnp.where(first_R[:, None, None], fixed.first_RD[:, None], x_R1D)
+        return x_R1D, jnp.reshape(known, 1)
+    index_T = known - width + jnp.arange(2 * width)
+    content_RKD = jnp.tile(contents(index_T[:width]), (branches, 1, 1))
+    query_RKD = fixed.boi_RD[:, None] + jnp.tile(target_BKD, (branches, 1, 1))
+    return jnp.concatenate([content_RKD, query_RKD], axis=1), index_T
+
+
+def _visible(
+    valid_RP: Array, count_R: Array, known: ArrayLike, index_T: Array, start: int, slots: int
+) -> Bool[Array, "R T S"]:
+    """Who sees which slots: the prefix, the tokens made before it (given ones are in the prefix),
+    and itself."""
+    token_S = jnp.arange(slots) - start  # negative in prefix and gap
+    made_RS = (token_S[None] >= count_R[:, None]) & (token_S >= 0)[None]
+    before_TS = (token_S[None] <= index_T[:, None]) & (token_S < known)[None]
+    itself_TS = token_S[None] == index_T[:, None]
+    prefix_RS = jnp.pad(valid_RP, ((0, 0), (0, slots - valid_RP.shape[1])))
+    return prefix_RS[:, None] | (made_RS[:, None] & before_TS[None]) | itself_TS[None]
+
+
+def _draw(
+    model: UniFluid,
+    fixed: _Fixed,
+    z_RKD: Array,
+    known: ArrayLike,
+    count: int,
+    stage: Stage,
+    how: ImageSampling,
+) -> Float[Array, "B K C"]:
+    """Tokens from the diffusion head. Token j of a row draws from the row's key folded with j."""
+    dim, branches = model.config.head.token_dim, len(fixed.guidance) + 1
+    z_GBKD = z_RKD.reshape(branches, -1, *z_RKD.shape[1:])
+    key_BK = jax.vmap(
+        lambda key: jax.vmap(lambda j: jax.random.fold_in(key, j))(known + jnp.arange(stage.width))
+    )(fixed.key_B)
+
+    def conditional(x_BKC: Array, t: Array) -> Array:
+        return model.head(x_BKC, t, z_GBKD[0])
+
+    predict = conditional
+    if branches > 1:
+        fraction = (known + stage.width) / count
+        scales = tuple(
+            _column(guidance_at(how.schedule, scale, fraction, how.power))
+            for scale in fixed.guidance
+        )
+        everything = guided(lambda x_1BKC, t: model.head(x_1BKC, t, z_GBKD), scales, dim)
+        predict = within(how.interval, stage.sampler.process, everything, conditional)
+    x_BKC = stage.sampler(key_BK, predict, dim, _column(fixed.temperature))
+    if how.limit is None:
+        return x_BKC
+    length_BK1 = jnp.sqrt(jnp.square(x_BKC).mean(axis=-1, keepdims=True))
+    return x_BKC * jnp.minimum(1, how.limit / jnp.maximum(length_BK1, 1e-6))
+
+
+def _column(value: Array) -> Array:
+    """A scalar, or a value per row made to broadcast over the row's tokens."""
+    return value[:, None] if value.ndim else value
