@@ -158,7 +158,7 @@ class Block(nnx.Module):
             dense((0, 1), 2),
             rngs.params(),
             (c.heads, c.head_dim, c.width),
-            ("heads", "head_dim", "embed"),
+            ("heads", "head_dim_in", "embed_out"),
         )
         if c.qk_norm:
             self.q_norm = RmsNorm(c.head_dim, axis="head_dim", rngs=rngs)
@@ -166,7 +166,7 @@ class Block(nnx.Module):
         self.pre_mlp_norm = RmsNorm(c.width, rngs=rngs)
         self.gate = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
         self.up = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
-        self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp", "embed"))
+        self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp_in", "embed_out"))
         if c.post_norms:
             self.post_attention_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
             self.post_mlp_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
@@ -223,7 +223,7 @@ class Gemma(nnx.Module):
             jax.nn.initializers.normal(config.width**-0.5),
             rngs.params(),
             (config.vocab_size, config.width),
-            ("vocab", "embed"),
+            ("vocab", "embed_out"),
         )
         self.layers = stack(lambda r: Block(config, rngs=r), config.depth, rngs)
         self.final_norm = RmsNorm(config.width, rngs=rngs)
