@@ -33,12 +33,17 @@ Tree = Any
 # that share the work of one layer, so the neighbours with the fastest links: the last axis.
 AXES = ("data", "fsdp", "tensor")
 
+# Rows of a batch lie over these.
+REPLICAS = ("data", "fsdp")
+# The vocabulary is cut over these.
+VOCABULARY = ("tensor", "fsdp")
+
 # The one table. What goes into a matrix is cut over fsdp, what it widens to over tensor, so that a
 # pair of matrices (in, out) needs one sum over tensor (Megatron) and every matrix is cut both ways.
-# fsdp never cuts the last dimension of the decoder's matrices: a shard of 2304 / 16 = 144 columns would not fill
-# the TPU's tiles of 128, and its gathering would have to interleave them. The vocabulary is cut
-# over both and never gathered: rows are looked up, and logits computed, where they lie.
-REPLICAS = ("data", "fsdp")
+# fsdp never cuts the last dimension of the decoder's matrices: a shard of 2304 / 16 = 144 columns
+# would not fill the TPU's tiles of 128, and its gathering would have to interleave them. The
+# vocabulary is cut over both and never gathered: rows are looked up, and logits computed, where
+# they lie.
 LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "fsdp",
@@ -49,7 +54,7 @@ LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
     "head_dim_in": "fsdp",
     "mlp": "tensor",
     "mlp_in": ("tensor", "fsdp"),
-    "vocab": ("tensor", "fsdp"),
+    "vocab": VOCABULARY,
     "vision_embed": "fsdp",
     "vision_heads": "tensor",
     "vision_mlp": "tensor",
@@ -286,6 +291,18 @@ def platform() -> str:
     return jax.default_backend() if known is None else known.platform
 
 
+def vocabulary_mesh(size: int, rows: int) -> AbstractMesh | None:
+    """The mesh of `context` where it cuts a vocabulary of this size, and so many rows of a batch.
+
+    None: the table of embeddings is used like any array.
+    """
+    mesh = context()
+    if mesh is None or rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return None
+    pieces = math.prod(mesh.shape[axis] for axis in VOCABULARY)
+    return None if pieces == 1 or size % pieces else mesh
+
+
 def over_replicas(x: jax.Array) -> jax.Array:
     """Rows over all replicas; the compiler chooses for the other dimensions."""
     mesh = context()
@@ -307,8 +324,9 @@ def gathered(module: Any, dtype: str) -> Any:
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         value, axes = variable.get_value(), variable.get_metadata()["axes"]
-        if value.ndim < 2 or value.ndim != len(axes):
+        if len(axes) < 2:
             return variable
+        axes = ("layers",) * (value.ndim - len(axes)) + axes
         value = value.astype(dtype)
         if mesh is not None and mesh.shape["fsdp"] > 1:
             stored = _spec("", axes, value.shape, mesh, value.size + 1)

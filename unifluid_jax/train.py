@@ -89,6 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
         with (
             metrics.Writer(workdir, start_step=first) as writer,
             metrics.Progress(config.train.steps, first, "training") as progress,
+            jax.set_mesh(mesh),  # by which the models say where values lie
             # Only explicit transfers: an accidental copy between host and devices would stall
             # every step.
             jax.transfer_guard("disallow"),

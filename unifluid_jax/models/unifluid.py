@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from unifluid_jax import sharding
 from unifluid_jax.models.functional import param
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
+from unifluid_jax.models.kernels import Packed
 from unifluid_jax.models.siglip import Siglip, SiglipConfig
-from unifluid_jax.sequence import Modality, attention_mask
+from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
 
@@ -52,8 +54,9 @@ class Linear(nnx.Module):
         self.bias = param(jax.nn.initializers.zeros, rngs.params(), (outputs,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T inputs"], dtype: str) -> Float[Array, "B T D"]:
-        bias = self.bias[...].astype(dtype)
-        return x.astype(dtype) @ self.kernel[...].astype(dtype) + bias[None, None]
+        parts = sharding.gathered(self, dtype)
+        bias = parts.bias[...].astype(dtype)
+        return x.astype(dtype) @ parts.kernel[...].astype(dtype) + bias[None, None]
 
 
 class UniFluid(nnx.Module):
@@ -117,9 +120,8 @@ class UniFluid(nnx.Module):
 
         The full pass that training uses and cached decoding must equal.
         """
-        x_BLD = self.embed(batch, latents_BLC)
-        mask_BLL = attention_mask(batch["step"], batch["segment"])
-        return self.backbone(x_BLD, batch["position"], mask_BLL)[0]
+        x_BLD = sharding.over_replicas(self.embed(batch, latents_BLC))
+        return self.backbone(x_BLD, batch["position"], Packed(batch["step"], batch["segment"]))[0]
 
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
