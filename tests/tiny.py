@@ -179,7 +179,7 @@ def unifluid(folder, **changes):
         "bidirectional_prefix": False,
     }
     config.diffusion = {"process": "ddpm", "learned_variance": False}
-    config.loss = {"text_weight": 0.2, "draws": 2}
+    config.loss = {"text_weight": 0.2, "draws": 2, "text_chunk": 0}
     config.input = {
         "batch_size": 8,
         "seq_len": 48,

@@ -10,6 +10,7 @@ from unifluid_jax.errors import nearest
 COMMANDS = {
     "data": "build a data set, or show the batches that a config makes of it",
     "train": "train a model, or go on where its workdir stopped",
+    "plan": "compile a training step for TPUs without having them: memory, time, traffic",
     "tokenizer": "export a trained image tokenizer",
     "sample": "generate, edit, caption or answer from a checkpoint",
     "evaluate": "the scores of a checkpoint",

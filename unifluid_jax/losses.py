@@ -37,7 +37,7 @@ def text_loss(
     target_BK: Int[Array, "B K"],
     weight_BK: Float[Array, "B K"],
     cap: float | None,
-    chunk: int | None,
+    chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums of the cross-entropy and of hits, from hidden states to the tied vocabulary.
 
@@ -50,7 +50,7 @@ def text_loss(
         table_VD: embeddings.
         target_BK, weight_BK: the targets, and what each counts.
         cap: soft cap of the logits.
-        chunk: targets of a row whose logits are computed at once; None for all.
+        chunk: targets of a row whose logits are computed at once, 0 for all.
 
     Returns:
         Sums over all targets: of weight x cross-entropy in nats, and of weight x whether the target
@@ -78,6 +78,11 @@ text_loss.defvjp(_text_loss_forward, _text_loss_backward)
 
 def _text_loss(hidden, table, target, weight, cap, chunk, with_gradient):
     """Loss and hits and, where asked for, the gradients of the loss to `hidden` and `table`."""
+    with jax.named_scope("logits"):
+        return _cut_text_loss(hidden, table, target, weight, cap, chunk, with_gradient)
+
+
+def _cut_text_loss(hidden, table, target, weight, cap, chunk, with_gradient):
     size = chunk or target.shape[1]
     spare = -target.shape[1] % size
     hidden, target, weight = (
@@ -174,7 +179,7 @@ def unified(
     image_slots: int,
     text_weight: float,
     draws: int,
-    text_chunk: int | None = None,
+    text_chunk: int = 0,
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
     """UniFluid's loss of one packed batch.
 
@@ -186,7 +191,7 @@ def unified(
             sees to it).
         text_weight: lambda.
         draws: R, pairs of (t, noise) for each image token and pass of the backbone (MAR: 4).
-        text_chunk: text targets of a row whose logits are computed at once, None for all.
+        text_chunk: text targets of a row whose logits are computed at once, 0 for all.
 
     Returns:
         The loss, and scalars, all of which add up over the parts of a batch: `loss`, `loss_text`
@@ -218,12 +223,13 @@ def unified(
         time_key_B
     )
     noise_RBNC = jnp.moveaxis(_normal(noise_key_B, (draws, *x_BNC.shape[1:])), 0, 1)
-    loss_RBN = process.loss_at(
-        lambda x, t: model.head(x, t, z_BND),
-        jnp.broadcast_to(x_BNC[None], noise_RBNC.shape),
-        t_RBN,
-        noise_RBNC,
-    )
+    with jax.named_scope("head"):
+        loss_RBN = process.loss_at(
+            lambda x, t: model.head(x, t, z_BND),
+            jnp.broadcast_to(x_BNC[None], noise_RBNC.shape),
+            t_RBN,
+            noise_RBNC,
+        )
     loss_visual = (loss_RBN.mean(axis=0) * weight_BN).sum() / total["image"]
 
     loss = loss_visual + text_weight * loss_text

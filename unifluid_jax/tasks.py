@@ -18,7 +18,7 @@ from unifluid_jax.inference import Model
 from unifluid_jax.input import pipeline
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.vae import VaeConfig
-from unifluid_jax.parts import assemble, make_part
+from unifluid_jax.parts import Blueprint, Parts, assemble, make_part
 
 Batch = dict[str, jax.Array]
 
@@ -65,9 +65,10 @@ def make(config: ConfigDict) -> Task:
 class UniFluidTask:
     """The unified model, on packed rows of all four tasks."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, parts: Parts | Blueprint | None = None):
+        """`parts`: a blueprint will do to trace the step; by default all of them are read."""
         self._config = config
-        self._parts = assemble(config)
+        self._parts = assemble(config) if parts is None else parts
         self.model = self._parts.model
 
     def batches(self, process: int, processes: int) -> Iterator[dict[str, np.ndarray]]:

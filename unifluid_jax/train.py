@@ -186,8 +186,9 @@ def train_step(
         )
         (grads, scalars), _ = jax.lax.scan(add, zeros, cut)
 
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
     scalars |= {
         "grad_norm": optax.global_norm(grads),
         "lr": optim.schedule(config.optim, config.train.steps)(state["step"]),

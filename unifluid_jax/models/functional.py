@@ -63,7 +63,7 @@ def unstack(layers: Any, depth: int) -> list[Any]:
 
 # What a layer keeps of its activations for the backward pass, besides its input; the rest is
 # computed anew. In the order of the memory they take: names of values in the layers.
-_KEPT: dict[str, tuple[str, ...]] = {
+KEPT: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": ("attention",),
     "qkv": ("attention", "qkv"),
@@ -82,11 +82,11 @@ def _offload(*names: str) -> Any:
 
 
 REMAT: dict[str, Any] = {
-    **{name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in _KEPT.items()},
+    **{name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in KEPT.items()},
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     # The same values as "qkv" and "mlp", in the memory of the host.
-    "offload_qkv": _offload(*_KEPT["qkv"]),
-    "offload_mlp": _offload(*_KEPT["mlp"]),
+    "offload_qkv": _offload(*KEPT["qkv"]),
+    "offload_mlp": _offload(*KEPT["mlp"]),
 }
 
 

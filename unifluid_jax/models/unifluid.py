@@ -121,7 +121,9 @@ class UniFluid(nnx.Module):
         The full pass that training uses and cached decoding must equal.
         """
         x_BLD = sharding.over_replicas(self.embed(batch, latents_BLC))
-        return self.backbone(x_BLD, batch["position"], Packed(batch["step"], batch["segment"]))[0]
+        rows = Packed(batch["step"], batch["segment"])
+        with jax.named_scope("backbone"):
+            return self.backbone(x_BLD, batch["position"], rows)[0]
 
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
@@ -141,7 +143,8 @@ class UniFluid(nnx.Module):
         """
         b, i, *pixels = images_BIHW3.shape
         images = images_BIHW3.reshape(b * i, *pixels).astype(jnp.float32) / 127.5 - 1.0
-        features = self.vision(images)
+        with jax.named_scope("siglip"):
+            features = self.vision(images)
         features = features.reshape(b, i * features.shape[1], features.shape[2])
         projected = self.vision_proj(features, self.config.backbone.dtype)
         rank_BL = jnp.maximum(jnp.cumsum(here_BL, axis=1) - 1, 0)
