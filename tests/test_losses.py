@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from ml_collections import ConfigDict
 
 from unifluid_jax import losses, sharding
@@ -247,7 +246,9 @@ def test_logits_in_chunks_and_cut_are_those_of_the_whole_vocabulary(mesh, cap, c
     with context:
         found = jax.jit(fast)(hidden, table)
         also, cut = jax.jit(jax.value_and_grad(fast, (0, 1), has_aux=True))(hidden, table)
-    for a, b in zip(jax.tree.leaves((found, also, cut)), (*expected, *expected, *gradients)):
+    for a, b in zip(
+        jax.tree.leaves((found, also, cut)), (*expected, *expected, *gradients), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
     if mesh is not None:
         assert cut[1].sharding.shard_shape(table.shape) == table.sharding.shard_shape(table.shape)

@@ -33,9 +33,11 @@ import rich.table
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import cli, estimate, hlo, optim, sharding, tasks, topology, train
+from unifluid_jax import cli, estimate, hlo, sharding, tasks, topology
 from unifluid_jax.errors import UserError
 from unifluid_jax.parts import Blueprint, blueprint
+from unifluid_jax.step import describe as describe_state
+from unifluid_jax.step import train_step
 from unifluid_jax.topology import Chip
 
 _CONFIG = cli.config_flag()
@@ -109,20 +111,14 @@ def describe(config: ConfigDict, devices: list[Any]) -> Step:
     sharding.check_batch(config.input.batch_size, config.train.accumulate, mesh)
     plan = blueprint(config)
     task = tasks.UniFluidTask(config, plan)
-    key = jax.random.key(config.seed)
-    params = jax.eval_shape(plan.model.init, key)
-    optimizer = optim.make(config.optim, params, config.train.steps)
-    shapes = jax.eval_shape(lambda key: train.init(task, optimizer, key), key)
-    where = sharding.state_shardings(
-        shapes, sharding.shardings(plan.model.axes, params, mesh), mesh
-    )
+    optimizer, state = describe_state(config, task, mesh)
     function = jax.jit(
-        lambda state, batch: train.train_step(config, task, optimizer, state, batch),
+        lambda state, batch: train_step(config, task, optimizer, state, batch),
         donate_argnums=0,
-        out_shardings=(where, sharding.replicated(mesh)),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     )
     batch = abstract_batch(plan, sharding.batch_sharding(mesh))
-    return Step(plan, mesh, sharding.abstract(shapes, where), batch, function)
+    return Step(plan, mesh, state, batch, function)
 
 
 def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruct]:
