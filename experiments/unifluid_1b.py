@@ -21,10 +21,11 @@ from experiments._pretrain import pretrain
 from unifluid_jax.config import parse_arg
 from unifluid_jax.errors import UserError, nearest
 
-# fsdp is one axis of the torus, 16 neighbours, so that gradients are scattered while they are
-# summed; the replicas of it are data.
+# Parameters and moments are cut over fsdp; data are replicas of the 16 devices that share them. Where
+# a side of the slice is 16 long, fsdp is that side and gradients are scattered while they are
+# summed. What layers keep (remat) is as much as fits.
 LAYOUTS = {
-    "v5e_64": {"mesh": (4, 16, 1), "accumulate": 2, "remat": "up"},
+    "v5e_64": {"mesh": (4, 16, 1), "accumulate": 1, "remat": "qkv"},
     "v5e_256": {"mesh": (16, 16, 1), "accumulate": 1, "remat": "up"},
     "v6e_256": {"mesh": (16, 16, 1), "accumulate": 1, "remat": "up"},
 }

@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "compile a training step for TPUs without having them: memory, time, traffic",
     "tokenizer": "export a trained image tokenizer",
     "sample": "generate, edit, caption or answer from a checkpoint",
+    "benchmark": "a measurement of benchmarks/, by name",
     "evaluate": "the scores of a checkpoint",
 }
 

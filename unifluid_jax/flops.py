@@ -76,10 +76,10 @@ def vae_encoder(config: VaeConfig, pictures: int) -> float:
     widths = [c.channels * m for m in c.multipliers]
     z2 = 2 * c.latent_channels
 
-    def residual(inputs: int, outputs: int) -> float:
+    def residual(inputs: int, outputs: int) -> int:
         return 9 * (inputs + outputs) * outputs + (inputs * outputs if inputs != outputs else 0)
 
-    def attention(width: int, places: int) -> float:
+    def attention(width: int, places: int) -> int:
         return places * (4 * width * width + 2 * places * width)
 
     side = c.image_size

@@ -136,6 +136,10 @@ class _Program:
         """A fusion's cycles are its own; what is inside adds products and collectives."""
         inside = self._computations[name]
         scattered = "all-reduce-scatter" in name
+        # An asynchronous collective is written at its start, at its end, and in every fusion that
+        # carries it along.
+        started = fusion.name.startswith("async-collective-start")
+        counts = started or not ("async_collective" in name or "async-collective" in fusion.name)
         for op in inside.values():
             if op.opcode == "fusion":
                 self._add_inside(total, op.attribute("calls"), part, fusion)
@@ -143,9 +147,9 @@ class _Program:
                 total.flops[part] += _flops(op, inside)
             elif op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
                 total.kernels[_kernel(op)] += 1
-            else:
+            elif counts:
                 kind = "reduce-scatter" if scattered else None
-                self._add_collective(total, op, inside, "async" in fusion.name, kind)
+                self._add_collective(total, op, inside, started, kind)
 
     def _add_collective(self, total, op, around, asynchronous, kind=None) -> None:
         opcode = op.opcode.removesuffix("-start")
@@ -168,11 +172,14 @@ class _Program:
         """Axes of the mesh over which a collective goes, and the number of devices together."""
         sizes = list(self._mesh.values())
         text = op.rest.partition("replica_groups=")[2]
-        if named := re.match(r"mesh\[[^\]]*\] ?\{([^}]*)\}", text):
-            axes = re.findall(r"'(\w+)'", named[1])
-            axes = [axis for axis in self._mesh if axis in axes]
-            return ",".join(axes), math.prod(self._mesh[axis] for axis in axes)
-        if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        if named := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+            # Some passes name the devices' axes anew.
+            shape = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+            over = re.findall(r"'(\w+)'", named[2])
+            ids = np.arange(math.prod(shape.values())).reshape(list(shape.values()))
+            first = tuple(slice(None) if axis in over else 0 for axis in shape)
+            group = ids[first]
+        elif iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
             shape, reshape, order = (
                 [int(x) for x in part.split(",")] if part else None for part in iota.groups()
             )
@@ -210,16 +217,27 @@ class _Program:
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Op]], str]:
     computations: dict[str, dict[str, _Op]] = {}
-    current, entry = None, ""
+    current, entry, lines = "", "", []
+
+    def close() -> None:
+        # A line goes on below where an attribute has line breaks: those of Pallas kernels do.
+        for line in lines:
+            op = _parse_op(line)
+            computations[current][op.name] = op
+        lines.clear()
+
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = computations.setdefault(header[2], {})
-            entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and " = " in line:
-            op = _parse_op(line)
-            current[op.name] = op
+            close()
+            current = header[2]
+            computations[current] = {}
+            entry = current if header[1] else entry
+        elif re.match(r"  (ROOT )?%?[\w.\-]+ = ", line):
+            lines.append(line)
+        elif line == "}":
+            close()
+        elif lines:
+            lines[-1] += line
     return computations, entry
 
 
@@ -259,9 +277,8 @@ def _size(shape: str) -> int:
 
 
 def _kernel(op: _Op) -> str:
-    """The name of a Pallas kernel; its scope ends with it."""
-    found = re.search(r'kernel_name = "([^"]+)"', op.rest) or re.search(r"(\w+)$", op.scope)
-    return found[1] if found else op.name
+    """The name of a Pallas kernel, which its calls carry."""
+    return re.sub(r"\.\d+$", "", op.name)
 
 
 def _flops(op: _Op, around: Mapping[str, _Op]) -> float:

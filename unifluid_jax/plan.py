@@ -188,7 +188,7 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     found["hbm"] = _memory(sizes, chip, stats, needed)
     found["fits"] = needed <= chip.hbm
     cost = hlo.analyse(compiled.as_text(), mesh.shape, PARTS)
-    found["program"] = program(cost, mesh.shape, chip)
+    found["program"] = program(cost)
     model = sum(part.step for part in by_part.values()) * rows / mesh.size
     found["estimate"] = timed(step, cost, chip, model)
     return found
@@ -211,7 +211,7 @@ def _memory(sizes: estimate.Memory, chip: Chip, stats: Any, needed: float) -> di
     }
 
 
-def program(cost: hlo.Cost, mesh: Any, chip: Chip) -> dict[str, Any]:
+def program(cost: hlo.Cost) -> dict[str, Any]:
     """What one device does in a step, as JSON values."""
     return {
         "cycles": dict(cost.cycles),

@@ -1,0 +1,34 @@
+"""Runs one of the measurements of benchmarks/ and prints its table.
+
+    unifluid benchmark plan
+    unifluid benchmark plan --json=docs/benchmark_plan.json
+
+Every table says what it ran on.
+"""
+
+import importlib
+from pathlib import Path
+
+from absl import flags
+
+from unifluid_jax import cli
+from unifluid_jax.errors import UserError
+
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+_ONLY = flags.DEFINE_string("only", "", "Run only the cases whose name contains this.")
+
+NAMES = ("plan",)
+
+
+def main(argv: list[str]) -> None:
+    (name,) = cli.positional(argv, "|".join(NAMES) if len(NAMES) > 1 else "NAME")
+    if name not in NAMES:
+        raise UserError(f'no benchmark "{name}": {", ".join(NAMES)} are known')
+    out = _JSON.value and Path(_JSON.value)
+    if out and not out.parent.is_dir():
+        raise UserError(f"--json: there is no folder {out.parent}")
+    importlib.import_module(f"benchmarks.{name}").run(_ONLY.value, out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
