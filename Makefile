@@ -1,5 +1,6 @@
 # make quickstart   builds the data, pretrains a small UniFluid, scores it     (20 minutes on two cores)
 # make test         lint and tests
+# make test-plans   compiles every recipe for its TPU topologies, minutes each
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-plans lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -29,6 +30,9 @@ quickstart: $(VENV)/installed-data,eval
 # As many workers as cores; a file stays on one worker, for its fixtures' sake.
 test: lint
 	$(BIN)/python -m pytest -n logical --dist loadfile
+
+test-plans: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m plans tests/test_plan.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

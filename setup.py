@@ -44,6 +44,7 @@ EXTRAS = {
     "gemma": ["gemma>=4.0"],
     "test": [
         "beartype>=0.22.2",
+        "libtpu>=0.0.40",  # 0.5 GB: compiles for TPUs without one
         "pytest>=8.4",
         "pytest-xdist>=3.8",
         "ruff>=0.14,<0.18",
@@ -59,7 +60,7 @@ setup(
     description="UniFluid in JAX: one autoregressive model reads and draws, with continuous tokens",
     license="Apache-2.0",
     python_requires=">=3.12,<3.13",
-    packages=find_packages(include=["unifluid_jax*", "data*", "experiments*"]),
+    packages=find_packages(include=["unifluid_jax*", "benchmarks*", "data*", "experiments*"]),
     package_data={"unifluid_jax": ["assets/**/*"], "data": ["**/*.md", "**/*.json", "**/*.txt"]},
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -21,9 +21,9 @@ from experiments._pretrain import pretrain
 from unifluid_jax.config import parse_arg
 from unifluid_jax.errors import UserError, nearest
 
-# Parameters and moments are cut over fsdp; data are replicas of the 16 devices that share them. Where
-# a side of the slice is 16 long, fsdp is that side and gradients are scattered while they are
-# summed. What layers keep (remat) is as much as fits.
+# Parameters and moments are cut over fsdp, 16 devices; data are replicas of those. Where a side of
+# the slice is 16 long, fsdp is that side, and gradients are scattered while they are summed. What
+# layers keep (remat) is as much as fits.
 LAYOUTS = {
     "v5p_128": {"mesh": (4, 16, 1), "accumulate": 1, "remat": "qkv"},
     "v5p_512": {"mesh": (16, 16, 1), "accumulate": 1, "remat": "mlp"},

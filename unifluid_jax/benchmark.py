@@ -1,9 +1,10 @@
 """Runs one of the measurements of benchmarks/ and prints its table.
 
-    unifluid benchmark plan
     unifluid benchmark plan --json=docs/benchmark_plan.json
+    unifluid benchmark plans
 
-Every table says what it ran on.
+`plan` compiles the step for TPUs beside MaxText's figures; `plans` compiles every recipe for every
+topology it has a layout for and writes docs/plans.md. Every table says what it ran on.
 """
 
 import importlib
@@ -17,13 +18,11 @@ from unifluid_jax.errors import UserError
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 _ONLY = flags.DEFINE_string("only", "", "Run only the cases whose name contains this.")
 
-NAMES = ("plan",)
+NAMES = ("plan", "plans")
 
 
 def main(argv: list[str]) -> None:
-    (name,) = cli.positional(argv, "|".join(NAMES) if len(NAMES) > 1 else "NAME")
-    if name not in NAMES:
-        raise UserError(f'no benchmark "{name}": {", ".join(NAMES)} are known')
+    (name,) = cli.positional(argv, "|".join(NAMES))
     out = _JSON.value and Path(_JSON.value)
     if out and not out.parent.is_dir():
         raise UserError(f"--json: there is no folder {out.parent}")

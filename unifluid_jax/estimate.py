@@ -92,7 +92,7 @@ def _kept(plan: Blueprint, mesh: Any) -> float:
         width += sum(sizes.values()) + 2 * c.width
     if c.remat is None:
         width *= 2
-    return width * c.depth * length * jax.numpy.dtype(c.dtype).itemsize
+    return float(width * c.depth * length * jax.numpy.dtype(c.dtype).itemsize)
 
 
 def parts(plan: Blueprint) -> dict[str, flops.Part]:

@@ -122,7 +122,7 @@ def describe(config: ConfigDict, devices: list[Any]) -> Step:
 
 
 def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """A packed batch as the input pipeline makes it."""
+    """A packed batch as the input pipeline makes it, without the ids that the step does not read."""
     c, rows = plan.config.input, plan.config.input.batch_size
     row = (rows, c.seq_len)
     whole = ("tokens", "modality", "position", "step", "text_target", "segment")
@@ -165,7 +165,7 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
             "positions": rows * config.input.seq_len,
         },
         "remat": plan.sizes.backbone.remat,
-        "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu")},
+        "versions": versions(),
         "model_flops": {
             n: {"forward": rows * p.forward, "step": rows * p.step} for n, p in by_part.items()
         },
@@ -183,7 +183,7 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
         found["would_fit"] = would_fit(step, chip, needed)
         return found
     stats = compiled.memory_analysis()
-    needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    needed = float(stats.argument_size_in_bytes + stats.temp_size_in_bytes)
     needed += max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     found["hbm"] = _memory(sizes, chip, stats, needed)
     found["fits"] = needed <= chip.hbm
@@ -192,6 +192,12 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     model = sum(part.step for part in by_part.values()) * rows / mesh.size
     found["estimate"] = timed(step, cost, chip, model)
     return found
+
+
+def versions() -> dict[str, str]:
+    """What decides about the compiled program besides the config."""
+    packages = ["jax", "jaxlib", *(["libtpu"] if topology.available() else [])]
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def _memory(sizes: estimate.Memory, chip: Chip, stats: Any, needed: float) -> dict[str, float]:
