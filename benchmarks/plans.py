@@ -30,12 +30,13 @@ _GIB = 2**30
 
 _HEAD = """# What the recipes need
 
-Made by `unifluid benchmark plans`: every recipe's whole training step, batch 2048 at 256 px, compiled
-for each topology by the TPU compiler, without the hardware. Memory is the compiler's figure for one
-device. Times are **estimates, not measurements**: the compiler's cycles at the chip's clock,
-attention kernels at 40 % of peak, collectives at nominal link rates, hidden behind other work (low)
-or not (high) where they are asynchronous. MFU counts three forward passes of what is trained and
-one of what is frozen; recomputation does not count. `unifluid plan` prints the same for any config.
+Made by `unifluid benchmark plans`: every recipe's whole training step, batch 2048 at 256 px,
+compiled for each topology by the TPU compiler, without the hardware. Memory is the compiler's
+figure for one device. Times are **estimates, not measurements**: the compiler's cycles at the
+chip's clock, attention kernels at 40 % of peak, collectives at nominal link rates, hidden behind
+other work (low) or not (high) where they are asynchronous. MFU counts three forward passes of what
+is trained and one of what is frozen; recomputation does not count. `unifluid plan` prints the same
+for any config.
 """
 
 
@@ -84,7 +85,7 @@ def page(kept: dict[str, Any]) -> str:
         rows = [(layout, kept.get(f"{name} {layout}")) for n, layout in cases() if n == name]
         lines.append(f"\n## {name}\n")
         lines.append(
-            "| layout | topology | mesh (data x fsdp x tensor) | remat | HBM GiB of limit | state | "
+            "| layout | topology | data x fsdp x tensor | remat | HBM GiB of limit | state | "
             "temp | step s | MFU | TFLOP model / issued | GB sent |"
         )
         lines.append("|---|---|---|---|---|---|---|---|---|---|---|")

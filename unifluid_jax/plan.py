@@ -122,7 +122,7 @@ def describe(config: ConfigDict, devices: list[Any]) -> Step:
 
 
 def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """A packed batch as the input pipeline makes it, without the ids that the step does not read."""
+    """A packed batch as the input pipeline makes it, but for ids that the step does not read."""
     c, rows = plan.config.input, plan.config.input.batch_size
     row = (rows, c.seq_len)
     whole = ("tokens", "modality", "position", "step", "text_target", "segment")
