@@ -118,12 +118,26 @@ def test_what_is_kept_costs_memory_and_saves_time():
     for remat in ("full", "attention", "qkv", "up", "mlp"):
         step = plan.describe(small(**{"model.backbone.remat": remat}), jax.devices())
         memory = estimate.memory(step.plan, step.state, step.batch, step.mesh)
-        by_remat[remat] = memory.activations, estimate.seconds(step.plan, CHIP, step.mesh)
+        seconds = estimate.seconds(step.plan, step.state["params"], CHIP, step.mesh)
+        by_remat[remat] = memory.activations, seconds
     kept, seconds = zip(*by_remat.values(), strict=True)
     assert list(kept) == sorted(kept) and list(seconds) == sorted(seconds, reverse=True)
     # One row a device: 384 positions, 2 layers, width 256 in 16 bits.
     assert by_remat["full"][0] == 384 * 2 * 256 * 2
     assert by_remat["mlp"][0] == 384 * 2 * 2 * (256 + 128 * 2 + 128 * 4 + 2 * 256)
+
+
+def test_search_prints_what_it_compiles_and_returns_the_best(monkeypatch):
+    monkeypatch.setattr(topology, "describe", lambda name: (CHIP, jax.devices()))
+    said = []
+    best = plan.search(small(), "v5e:2x4", 1, said.append)
+    assert best["fits"] and len(said) == 1 and said[0].endswith(" s")
+    assert best["changes"]["train.accumulate"] == 1  # it fits in one piece, which is faster
+    assert best["mesh"]["fsdp"] == best["changes"]["mesh.fsdp"]
+    tiny_chip = topology.Chip(CHIP.flops, CHIP.clock, 1.0, CHIP.link)
+    monkeypatch.setattr(topology, "describe", lambda name: (tiny_chip, jax.devices()))
+    with pytest.raises(UserError, match="nothing fits v5e:2x4"):
+        plan.search(small(), "v5e:2x4", 1, said.append)
 
 
 def test_times_by_hand():

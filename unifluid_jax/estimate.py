@@ -95,11 +95,10 @@ def _kept(plan: Blueprint, mesh: Any) -> float:
     return float(width * c.depth * length * jax.numpy.dtype(c.dtype).itemsize)
 
 
-def parts(plan: Blueprint) -> dict[str, flops.Part]:
-    """Model FLOPs of one row by part."""
+def parts(plan: Blueprint, params: Any) -> dict[str, flops.Part]:
+    """Model FLOPs of one row by part; `params` are abstract."""
     config = plan.config
-    tree = jax.eval_shape(plan.model.init, jax.random.key(0))
-    still = trees.flatten(optim.frozen(config.optim, tree))
+    still = trees.flatten(optim.frozen(config.optim, params))
 
     def all_of(prefix: str) -> bool:
         return all(f for name, f in still.items() if name.startswith(prefix))
@@ -119,11 +118,11 @@ def parts(plan: Blueprint) -> dict[str, flops.Part]:
     )
 
 
-def seconds(plan: Blueprint, chip: Chip, mesh: Any) -> float:
+def seconds(plan: Blueprint, params: Any, chip: Chip, mesh: Any) -> float:
     """A step's time, roughly: products at 85 % of peak, what is recomputed too, and collectives."""
     config, c = plan.config, plan.sizes.backbone
     rows = config.input.batch_size / math.prod(mesh.shape[axis] for axis in sharding.AXES)
-    by_part = parts(plan)
+    by_part = parts(plan, params)
     work = sum(part.step for part in by_part.values())
     width, length = c.width, config.input.seq_len
     again = {
@@ -136,10 +135,7 @@ def seconds(plan: Blueprint, chip: Chip, mesh: Any) -> float:
         work += 2.0 * length * c.depth * sum(x for name, x in again.items() if name not in kept)
         work += 2.0 * length * c.depth * width * c.head_dim * c.heads
     products = work * rows / (0.85 * chip.flops)
-    size = sum(
-        math.prod(x.shape)
-        for x in jax.tree.leaves(jax.eval_shape(plan.model.init, jax.random.key(0)))
-    )
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     size *= 2.0 / mesh.shape["tensor"]  # 16 bits
     # Gathered forward and backward, and gradients summed once, for each part of the batch.
     fsdp = 3 * size * config.train.accumulate * (1 - 1 / mesh.shape["fsdp"])

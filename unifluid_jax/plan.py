@@ -19,6 +19,7 @@ Exit code 0 when the step fits, 3 when it does not.
 import copy
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import re
@@ -153,7 +154,7 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     """The plan of a step, compiled."""
     plan, config, mesh = step.plan, step.plan.config, step.mesh
     sizes = estimate.memory(plan, step.state, step.batch, mesh)
-    by_part = estimate.parts(plan)
+    by_part = estimate.parts(plan, step.state["params"])
     rows = config.input.batch_size
     found: Plan = {
         "topology": name,
@@ -342,14 +343,21 @@ def search(config: ConfigDict, name: str, tries: int, say: Any) -> Plan:
     """
     chip, devices = topology.describe(name)
     ranked = []
-    for changes in _candidates(config, len(devices)):
+    for mesh in _meshes(config, len(devices)):
         try:
-            step = describe(changed(config, changes), devices)
+            step = describe(changed(config, {**mesh, "train.accumulate": 1}), devices)
         except UserError:
             continue
-        need = estimate.memory(step.plan, step.state, step.batch, step.mesh).total
-        if need <= 0.9 * chip.hbm:
-            ranked.append((estimate.seconds(step.plan, chip, step.mesh), len(ranked), changes))
+        params = step.state["params"]
+        # State and batch lie the same whatever the layers keep.
+        for remat, parts in itertools.product(_REMAT, _ACCUMULATE):
+            changes = {**mesh, "model.backbone.remat": remat, "train.accumulate": parts}
+            plan = blueprint(changed(config, changes))
+            need = estimate.memory(plan, step.state, step.batch, step.mesh).total
+            replicas = parts * step.mesh.shape["data"] * step.mesh.shape["fsdp"]
+            if need <= 0.9 * chip.hbm and config.input.batch_size % replicas == 0:
+                seconds = estimate.seconds(plan, params, chip, step.mesh)
+                ranked.append((seconds, len(ranked), changes))
     if not ranked:
         raise UserError(f"--search: nothing fits {name}: take a larger topology or a smaller model")
     best = None
@@ -373,27 +381,17 @@ def _rank(plan: Plan) -> tuple[bool, float]:
     return not plan["fits"], seconds
 
 
-def _candidates(config: ConfigDict, devices: int) -> list[dict[str, Any]]:
-    slices = 1
-    if config.mesh.get("dcn") is not None:
-        slices = math.prod(abs(config.mesh.dcn[axis]) for axis in sharding.AXES)
-    meshes = [
-        (fsdp, tensor)
-        for fsdp in (4, 8, 16, 32, 64, 128)
-        for tensor in (1, 2, 4)
-        if fsdp * tensor <= devices // slices
-    ]
+_REMAT = ("full", "attention", "qkv", "up", "mlp")
+_ACCUMULATE = (1, 2, 4, 8, 16, 32)
+
+
+def _meshes(config: ConfigDict, devices: int) -> list[dict[str, int]]:
+    dcn = config.mesh.get("dcn") or {}
+    slices = math.prod(abs(dcn[axis]) for axis in dcn)
     return [
-        {
-            "mesh.data": -1,
-            "mesh.fsdp": fsdp,
-            "mesh.tensor": tensor,
-            "model.backbone.remat": remat,
-            "train.accumulate": parts,
-        }
-        for fsdp, tensor in meshes
-        for remat in ("full", "attention", "qkv", "up", "mlp")
-        for parts in (1, 2, 4, 8, 16, 32)
+        {"mesh.data": -1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+        for fsdp, tensor in itertools.product((4, 8, 16, 32, 64, 128), (1, 2, 4))
+        if fsdp * tensor <= devices // slices
     ]
 
 
