@@ -130,7 +130,8 @@ def attend(
     logits = jnp.einsum("BTGQK,BSGK->BGQTS", q, k_BSGK, preferred_element_type=jnp.float32)
     logits = jnp.where(mask_BTS[:, None, None], soft_cap(logits, cap), -2.0e38)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("BGQTS,BSGK->BTGQK", weights, v_BSGK).reshape(b, t, h, k)
+    y_BTHK = jnp.einsum("BGQTS,BSGK->BTGQK", weights, v_BSGK).reshape(b, t, h, k)
+    return checkpoint_name(y_BTHK, "attention")
 
 
 class RmsNorm(nnx.Module):
@@ -214,7 +215,7 @@ class Block(nnx.Module):
             )
             cache = {"k": k, "v": v}
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
-        y = checkpoint_name(attend(q, k, v), "attention")
+        y = attend(q, k, v)
         return jnp.einsum("BTHK,HKD->BTD", y, self.o[...].astype(dtype)), cache
 
     def _mlp(self, x_BTD):

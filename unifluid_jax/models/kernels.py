@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
@@ -145,7 +146,7 @@ def _splash_row(q_HTK, k_GTK, v_GTK, code_T, segment_T, *, window, cap, interpre
         save_residuals=False,
         mask_value=pallas.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=cap,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name="attention",  # the kernel's own backward pass needs them
         mask_function=_visible(window),
         interpret=interpret,
     )
@@ -173,6 +174,7 @@ def cudnn(
     mask_BTT: Bool[Array, "B T T"],
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention by cuDNN, on NVIDIA GPUs in 16 bits. The queries come scaled."""
-    return jax.nn.dot_product_attention(
+    y_BTHK = jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK, mask=mask_BTT[:, None], scale=1.0, implementation="cudnn"
     )
+    return checkpoint_name(y_BTHK, "attention")
