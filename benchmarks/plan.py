@@ -177,9 +177,9 @@ def run(only: str, out: Path | None) -> None:
         console.print(table)
     for path, name in RECIPES:
         if only in f"unifluid {name}":
-            console.print(f"\n{path}")
             row = plan.make(configs.load(path), name)
             found["unifluid"].append({"config": path, **row})
+            console.print(f"\n{path}: {plan.heading(row)}", soft_wrap=True)
             for part in plan.tables(row):
                 console.print(part)
             for line in plan.remarks(row):

@@ -92,11 +92,12 @@ def test_a_plan_is_json_and_readable(on_cpu, capsys):
     console = rich.console.Console(width=110)
     for table in plan.tables(on_cpu):
         console.print(table)
-    for line in plan.remarks(on_cpu):
-        console.print(line)
+    for line in [plan.heading(on_cpu), *plan.remarks(on_cpu)]:
+        console.print(line, soft_wrap=True)
     text = capsys.readouterr().out
     for word in ("parameters", "optimizer", "activations", "logits", "backbone", "head", "siglip"):
         assert word in text
+    assert "v5e:2x4: 8 devices, data 2 x fsdp 4 x tensor 1; 8 rows in 1 part(s)" in text
     assert "Fits: " in text and "Estimated MFU" in text and "recomputation not counted" in text
 
 

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         found = search(config, _TOPOLOGY.value, _TRIES.value, console.print)
     else:
         found = make(config, _TOPOLOGY.value)
+    console.print(heading(found), soft_wrap=True)
     for table in tables(found):
         console.print(table)
     for line in remarks(found):
@@ -395,14 +396,19 @@ def _meshes(config: ConfigDict, devices: int) -> list[dict[str, int]]:
     ]
 
 
-def tables(plan: Plan) -> list[rich.table.Table]:
-    """The plan for people."""
+def heading(plan: Plan) -> str:
+    """What was compiled, in a line."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     batch = plan["batch"]
-    memory = rich.table.Table(
-        title=f"{plan['topology']}: {plan['devices']} devices, {mesh}; {batch['rows']} rows in "
-        f"{batch['accumulate']} parts; remat {plan['remat']}"
+    return (
+        f"{plan['topology']}: {plan['devices']} devices, {mesh}; {batch['rows']} rows in "
+        f"{batch['accumulate']} part(s); remat {plan['remat']}"
     )
+
+
+def tables(plan: Plan) -> list[rich.table.Table]:
+    """The plan for people."""
+    memory = rich.table.Table()
     memory.add_column("HBM of a device")
     memory.add_column("GiB", justify="right")
     for name, size in plan["hbm"].items():
