@@ -124,7 +124,7 @@ def against_peer(case: Case) -> dict[str, Any]:
     """Figures of the text step, ours and MaxText's."""
     chip, devices = topology.describe(case.name)
     lowered, mesh = text_step(case, devices)
-    compiled = lowered.compile()
+    compiled = lowered.compile(topology.compiler_options("tpu"))
     stats = compiled.memory_analysis()
     cost = hlo.analyse(compiled.as_text(), mesh.shape, plan.PARTS)
     gemma = GemmaConfig(**preset("gemma2_2b", vocab_size=VOCABULARY))

@@ -123,14 +123,17 @@ def _chunks(hidden_BKD, table_VD, target_BK, weight_BK, *, cap, size, with_gradi
         raw_BkV = jnp.einsum("BkD,VD->BkV", h_BkD, part_VD, preferred_element_type=jnp.float32)
         logits_BkV = raw_BkV if cap is None else cap * jnp.tanh(raw_BkV / cap)
         top_Bk = over_vocabulary(logits_BkV.max(axis=-1), jax.lax.pmax)
-        exp_BkV = jnp.exp(logits_BkV - top_Bk[:, :, None])
+        # Capped logits cannot overflow when the cap itself is taken off: the sum then needs no
+        # maximum first, and stands beside it in one pass over the logits.
+        shift = top_Bk[:, :, None] if cap is None else jnp.full((1, 1, 1), cap)
+        exp_BkV = jnp.exp(logits_BkV - shift)
         sum_Bk = over_vocabulary(exp_BkV.sum(axis=-1), jax.lax.psum)
         index_V = first + jnp.arange(len(part_VD))
         right_BkV = index_V[None, None] == target_Bk[:, :, None]
         picked_Bk = over_vocabulary(
             jnp.where(right_BkV, logits_BkV, 0.0).sum(axis=-1), jax.lax.psum
         )
-        loss = ((top_Bk + jnp.log(sum_Bk) - picked_Bk) * weight_Bk).sum()
+        loss = ((shift[:, :, 0] + jnp.log(sum_Bk) - picked_Bk) * weight_Bk).sum()
         hits = ((picked_Bk == top_Bk) * weight_Bk).sum()
         if not with_gradient:
             return d_table_VD, (loss, hits, None)

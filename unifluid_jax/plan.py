@@ -174,7 +174,7 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     }
     lowered = step.lower()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(topology.compiler_options(mesh.devices.flat[0].platform))
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error))
         if not used:

@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, cli, evals, metrics, sharding, tasks
+from unifluid_jax import checkpoint, cli, evals, metrics, sharding, tasks, topology
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.step import State, describe, init, train_step
@@ -75,6 +75,7 @@ def train(config: ConfigDict, workdir: Path) -> State:
             lambda state, batch: train_step(config, task, optimizer, state, batch),
             donate_argnums=0,
             out_shardings=(where, sharding.replicated(mesh)),
+            compiler_options=topology.compiler_options(jax.default_backend()),
         )
         meter = metrics.Meter()
         with (
