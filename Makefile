@@ -5,6 +5,7 @@
 # make test-slow    the tests that take minutes each: the notebooks
 # make test-demo    drives the demo in headless Chromium; DEMO_MODEL=... and SCREENSHOTS=docs for the
 #                   README's pictures
+# make test-plans   compiles every recipe for its TPU topologies, minutes each
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for python in python3.12 python3 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: quickstart test test-slow test-demo test-interop test-faults lint clean
+.PHONY: quickstart test test-slow test-demo test-interop test-faults test-plans lint clean
 
 # glibc would hand the memory of a step back to the kernel after each; keeping it saves a tenth.
 quickstart: export MALLOC_MMAP_MAX_ = 0
@@ -52,6 +53,9 @@ test-demo: export DEMO_MODEL := $(DEMO_MODEL)
 test-demo: export SCREENSHOTS := $(SCREENSHOTS)
 test-demo: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m demo tests/test_demo_browser.py
+
+test-plans: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m plans tests/test_plan.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # lambda: the paper's 0.005 suits a pretrained language model; here text is learned from
     # nothing.
-    config.loss = ConfigDict({"text_weight": 0.3, "draws": 4})
+    config.loss = ConfigDict({"text_weight": 0.3, "draws": 4, "text_chunk": 0})
 
     config.input = ConfigDict(
         {

@@ -68,8 +68,8 @@ def test_adapters_have_the_sides_of_their_matrices(both):
     }
     axes = made.trained.axes
     assert axes["lora"]["backbone"]["layers"]["o"] == {
-        "a": ("layers", "heads", "head_dim", None),
-        "b": ("layers", None, "embed"),
+        "a": ("layers", "heads", "head_dim_in", None),
+        "b": ("layers", None, "embed_out"),
     }
     assert lora.base(axes) == made.model.axes
 
@@ -83,7 +83,7 @@ def test_every_adapter_has_its_place_on_a_mesh(both):
     spec = {name: where[f"lora/backbone/layers/{name}"].spec for name in ("q/a", "q/b", "o/a")}
     assert spec["q/a"] == jax.P(None, "fsdp", None)
     assert spec["q/b"] == jax.P(None, None, "tensor", None)
-    assert spec["o/a"] == jax.P(None, "tensor", None, None)
+    assert spec["o/a"] == jax.P(None, "tensor", "fsdp", None)
 
 
 def test_merged_weights_are_what_the_papers_formula_says(both):

@@ -1,5 +1,6 @@
 """The losses against plain loops in NumPy, on models that are formulas."""
 
+import contextlib
 import functools
 import types
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from unifluid_jax import losses
+from unifluid_jax import losses, sharding
 from unifluid_jax.diffusion import process_from
 from unifluid_jax.models.pair import Pair
 from unifluid_jax.models.unifluid import UniFluid
@@ -27,7 +29,9 @@ class Formula(UniFluid):
 
     def __init__(self, hidden):
         self.given = hidden
-        self.backbone = types.SimpleNamespace(logits=lambda h: h @ LOGITS)
+        self.backbone = types.SimpleNamespace(
+            embedding=LOGITS.T, config=types.SimpleNamespace(final_cap=None)
+        )
 
     def hidden(self, batch, latents_BLC):
         return self.given + latents_BLC.sum(-1, keepdims=True)
@@ -209,18 +213,56 @@ def test_noise_is_the_rows_own():
     assert first == again and second != other
 
 
-def test_cross_entropy_of_any_shape_and_size():
-    logits = RNG.normal(0, 3, (2, 3, V)).astype(np.float32)
-    target = RNG.integers(V, size=(2, 3))
-    found = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(target))
-    for i in np.ndindex(2, 3):
-        p = np.exp(logits[i].astype(np.float64))
-        np.testing.assert_allclose(found[i], -np.log(p[target[i]] / p.sum()), rtol=1e-5, atol=1e-6)
-    # Neither overflow nor half precision.
-    large = jnp.asarray([1e4, 0.0, -1e4], jnp.bfloat16)
-    assert losses.cross_entropy(large, jnp.asarray(0)) == 0
-    assert losses.cross_entropy(large, jnp.asarray(0)).dtype == jnp.float32
-    assert losses.cross_entropy(large, jnp.asarray(2)) > 19_000
+def plain_text_loss(hidden, table, target, weight, cap):
+    """The slow twin of `text_loss`: all logits at once, gradients by JAX."""
+    logits = (hidden @ table.T).astype(jnp.float32)
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - picked
+    return (loss * weight).sum(), ((logits.argmax(-1) == target) * weight).sum()
+
+
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2), (1, 8, 1), (2, 1, 4), (8, 1, 1)])
+@pytest.mark.parametrize(("cap", "chunk"), [(None, 0), (2.0, 3)])
+def test_logits_in_chunks_and_cut_are_those_of_the_whole_vocabulary(mesh, cap, chunk):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(8, 7, 16)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(24, 16)), jnp.float32)
+    target = jnp.asarray(rng.integers(24, size=(8, 7)))
+    weight = jnp.asarray(rng.integers(0, 3, (8, 7)), jnp.float32)
+
+    def slow(hidden, table):
+        return plain_text_loss(hidden, table, target, weight, cap)
+
+    def fast(hidden, table):
+        return losses.text_loss(hidden, table, target, weight, cap, chunk)
+
+    expected, gradients = jax.jit(jax.value_and_grad(slow, (0, 1), has_aux=True))(hidden, table)
+    context = contextlib.nullcontext()
+    if mesh is not None:
+        mesh = sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, mesh, strict=True))))
+        context = jax.set_mesh(mesh)
+        hidden = jax.device_put(hidden, sharding.batch_sharding(mesh))
+        table = jax.device_put(table, jax.NamedSharding(mesh, jax.P(sharding.VOCABULARY)))
+    with context:
+        found = jax.jit(fast)(hidden, table)
+        also, cut = jax.jit(jax.value_and_grad(fast, (0, 1), has_aux=True))(hidden, table)
+    for a, b in zip(
+        jax.tree.leaves((found, also, cut)), (*expected, *expected, *gradients), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+    if mesh is not None:
+        assert cut[1].sharding.shard_shape(table.shape) == table.sharding.shard_shape(table.shape)
+
+
+def test_text_loss_neither_overflows_nor_rounds_to_halves():
+    hidden = jnp.asarray([[[1.0]]], jnp.bfloat16)
+    table = jnp.asarray([[1e4], [0.0], [-1e4]], jnp.float32)
+    for target, least in ((0, 0), (2, 19_000)):
+        loss, _ = losses.text_loss(
+            hidden, table, jnp.asarray([[target]]), jnp.ones((1, 1)), None, 0
+        )
+        assert loss.dtype == jnp.float32 and least <= loss <= 2.1 * least
 
 
 class Blur(Vae):

@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import sharding, trees
 from unifluid_jax.errors import UserError
-from unifluid_jax.models.functional import Functional
-from unifluid_jax.models.gemma import GemmaConfig
+from unifluid_jax.models.functional import Functional, unstack
+from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import HeadConfig
 from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.models.unifluid import UniFluid, UniFluidConfig
 from unifluid_jax.models.vae import Vae, VaeConfig
 
 AXES = {
-    "embedding": ("vocab", "embed"),
+    "embedding": ("vocab", "embed_out"),
     "layers": {"q": ("layers", "embed", "heads", "head_dim"), "scale": ("layers", "embed")},
     "positions": (None, "embed"),
     "free": (None,),
@@ -75,12 +75,60 @@ def test_an_impossible_mesh_is_an_error(sizes, message):
         make_mesh(*sizes)
 
 
+class Chip:
+    """A device of a multi-slice TPU, as far as a mesh looks at it."""
+
+    platform, device_kind, process_index = "stand-in", "stand-in", 0
+
+    def __init__(self, number, per_slice):
+        self.id, self.slice_index = number, number // per_slice
+
+
+def hybrid(dcn, sizes, devices):
+    dcn, ici = (dict(zip(sharding.AXES, s, strict=True)) for s in (dcn, sizes))
+    return sharding.make_mesh(ConfigDict({**ici, "dcn": dcn}), devices)
+
+
+def test_slices_are_neighbours_along_the_axes_of_dcn():
+    chips = [Chip(i, 4) for i in range(8)]
+    mesh = hybrid((-1, 1, 1), (2, -1, 1), chips)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert np.vectorize(lambda c: c.slice_index)(mesh.devices)[:, :, 0].tolist() == [
+        [0, 0],
+        [0, 0],
+        [1, 1],
+        [1, 1],
+    ]
+    assert dict(hybrid((1, 2, 1), (1, 2, 2), chips).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    # Devices without slices count as one, or as blocks of neighbours.
+    assert dict(hybrid((1, 1, -1), (-1, 1, 1), None).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    mesh = hybrid((2, 1, 1), (1, 2, 2), None)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert {d.id for d in mesh.devices[0].flat} == set(range(4))
+
+
+@pytest.mark.parametrize(
+    ("dcn", "sizes", "message"),
+    [
+        ((1, 1, 1), (8, 1, 1), r"config.mesh.dcn .data=1.* does not fit 2 slices"),
+        ((3, 1, 1), (-1, 1, 1), r"config.mesh.dcn .data=3.* does not fit 2 slices"),
+        ((2, 1, 1), (8, 1, 1), r"config.mesh .data=8.* does not fit 4 devices"),
+        ((-1, -1, 1), (-1, 1, 1), "config.mesh.dcn .* one of them may be -1"),
+    ],
+)
+def test_an_impossible_mesh_of_slices_is_an_error(dcn, sizes, message):
+    with pytest.raises(UserError, match=message):
+        hybrid(dcn, sizes, [Chip(i, 4) for i in range(8)])
+    with pytest.raises(UserError, match="slices of unlike sizes .* 4, 3"):
+        hybrid((2, 1, 1), (-1, 1, 1), [Chip(i, 4) for i in range(7)])
+
+
 def test_the_table_places_parameters():
     where = sharding.shardings(AXES, jax.eval_shape(init, jax.random.key(0)), make_mesh(2, 2, 2))
     assert specs(where) == {
-        "embedding": jax.P("tensor", "fsdp"),
+        "embedding": jax.P(("tensor", "fsdp"), None),
         "layers/q": jax.P(None, "fsdp", "tensor", None),
-        "layers/scale": jax.P(None, "fsdp"),
+        "layers/scale": jax.P(None, None),
         "positions": jax.P(None, "fsdp"),
         "free": jax.P(None),
     }
@@ -107,26 +155,17 @@ def test_a_state_is_born_in_its_place_with_the_values_of_one_device(sizes):
     placed = trees.flatten(sharding.abstract(abstract, where))
     for name, leaf in trees.flatten(state).items():
         assert leaf.sharding == placed[name].sharding
-        expected = mirrored_axes(name)
-        cuts = [sharding.LOGICAL_AXES[a] if a else None for a in expected]
-        cuts = [c if c and leaf.shape[i] % mesh.shape[c] == 0 else None for i, c in enumerate(cuts)]
-        assert leaf.sharding.spec == jax.P(*cuts), name
+        # What is cut is cut as evenly as the table says.
+        expected = {"embedding": mesh.shape["tensor"] * mesh.shape["fsdp"]}
+        expected["q"] = mesh.shape["fsdp"] * min(mesh.shape["tensor"], 4)
+        expected["positions"] = mesh.shape["fsdp"]
+        pieces = expected.get(name.rpartition("/")[2], 1)
+        assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * pieces == leaf.size, name
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
         state,
         jax.jit(init_state)(jax.random.key(0)),
     )
-
-
-def mirrored_axes(name):
-    """The axes of the parameter that a leaf of the state mirrors."""
-    flat = {n: a for n, a in _flat_axes(AXES).items() if name.endswith(n)}
-    return next(iter(flat.values()), ())
-
-
-def _flat_axes(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
-    return {trees.leaf_name(keys): leaf for keys, leaf in leaves}
 
 
 def place(axes, shape, mesh, large=1):
@@ -141,6 +180,7 @@ def place(axes, shape, mesh, large=1):
         (("embed", "mpl"), (8, 8), ValueError, '"mpl" is unknown .did you mean "mlp"'),
         (("embed",), (8, 8), ValueError, "1 axes for 2 dimensions"),
         (("embed", "mlp"), (6, 8), UserError, "embed = 6 does not divide by config.mesh.fsdp = 4"),
+        (("mlp_in", "embed_out"), (6, 8), UserError, "mlp_in = 6 .*tensor = 2 x .*fsdp = 4"),
         (("embed", "mlp"), (8, 7), UserError, "mlp = 7 does not divide by config.mesh.tensor = 2"),
         ((None, None), (8, 8), UserError, "stay whole on every device of the mesh data=1 x fsdp=4"),
         (("layers", "head_dim"), (8, 8), UserError, "stay whole"),
@@ -208,3 +248,43 @@ def test_a_batch_that_cannot_be_spread_is_an_error():
     sharding.check_batch(8, 2, make_mesh(2, 2, 2))
     with pytest.raises(UserError, match="batch_size = 6 does not divide by the 4 replicas"):
         sharding.check_batch(6, 1, make_mesh(2, 2, 2))
+
+
+def test_gathered_weights_are_whole_and_their_gradients_cut():
+    mesh = make_mesh(2, 2, 2)
+    config = GemmaConfig(64, 16, 1, 32, heads=2, kv_heads=1, head_dim=8)
+    model = Functional(lambda rngs: Gemma(config, rngs=rngs))
+    where = sharding.shardings(model.axes, jax.eval_shape(model.init, jax.random.key(0)), mesh)
+    params = jax.jit(model.init, out_shardings=where)(jax.random.key(0))
+
+    def total(params, seen=None):
+        (layer,) = unstack(model.bind(params).layers, 1)
+        layer = sharding.gathered(layer, "bfloat16")
+        if seen is not None:
+            for name in ("gate", "o", "down"):
+                jax.debug.inspect_array_sharding(
+                    getattr(layer, name).get_value(),
+                    callback=lambda s, name=name: seen.update({name: s.spec}),
+                )
+            seen["dtypes"] = {layer.gate[...].dtype, layer.pre_mlp_norm.scale[...].dtype}
+        return jnp.sum(layer.gate[...].astype(jnp.float32) ** 2) + layer.down[...].sum()
+
+    seen = {}
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(total))(params)
+        jax.jit(lambda p: total(p, seen)).lower(params).compile()
+    assert seen["dtypes"] == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+    for name in ("gate", "o", "down"):
+        assert "fsdp" not in str(seen[name]) and "tensor" in str(seen[name])
+    layers = gradient["layers"]
+    assert layers["gate"].sharding.spec == where["layers"]["gate"].spec
+    np.testing.assert_allclose(layers["gate"], 2 * params["layers"]["gate"], rtol=0.01)
+
+
+def test_without_a_mesh_in_context_nothing_is_moved():
+    x = jnp.ones((3, 2))
+    assert sharding.context() is None and sharding.over_replicas(x) is x
+    assert sharding.platform() == "cpu"
+    with jax.set_mesh(make_mesh(8)):
+        assert sharding.context().shape["data"] == 8
+        assert sharding.over_replicas(x) is x  # 3 rows, 8 replicas

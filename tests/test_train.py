@@ -64,7 +64,8 @@ class Stepper:
         batch = sharding.shard_batch(batch or self.batch, self.mesh)
         states, scalars = [self.moved], []
         for _ in range(steps):
-            state, found = self._step(states[-1], batch)
+            with jax.set_mesh(self.mesh):
+                state, found = self._step(states[-1], batch)
             states.append(state)
             scalars.append({name: float(x) for name, x in found.items()})
         return states, scalars
@@ -119,7 +120,16 @@ def test_golden_numbers_of_two_steps(reference):
     [
         ((1, 1, 1), 4),
         ((2, 2, 2), 2),
+        # Every other mesh of all devices.
+        ((8, 1, 1), 1),
+        ((4, 2, 1), 1),
+        ((4, 1, 2), 1),
+        ((2, 4, 1), 1),
+        ((2, 1, 4), 1),
+        ((1, 8, 1), 1),
+        ((1, 4, 2), 1),
         ((1, 2, 4), 1),
+        ((1, 1, 8), 1),
     ],
 )
 def test_cut_over_devices_or_in_parts_a_step_is_the_same(world, reference, sizes, accumulate):

@@ -166,7 +166,7 @@ def unifluid(folder, **changes):
         "queries": False,
     }
     config.diffusion = {"process": "ddpm", "learned_variance": False}
-    config.loss = {"text_weight": 0.2, "draws": 2}
+    config.loss = {"text_weight": 0.2, "draws": 2, "text_chunk": 0}
     config.input = {
         "batch_size": 8,
         "seq_len": 48,
@@ -242,6 +242,7 @@ def siglip(folder, **changes):
         "image_size": SIZE,
         "flip": False,
         "shift": 2,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),

@@ -10,6 +10,7 @@ from unifluid_jax.errors import UserError, nearest
 COMMANDS = {
     "data": "build or import a data set, or show the batches that a config makes of it",
     "train": "train a model, or go on where its workdir stopped",
+    "plan": "compile a training step for TPUs without having them: memory, time, traffic",
     "convert": "pretrained weights in; out: a folder of its own, formats of others",
     "tokenizer": "export a trained image tokenizer",
     "sample": "generate, edit, inpaint, caption or answer from a checkpoint",
@@ -21,6 +22,8 @@ COMMANDS = {
 BENCHMARKS = {
     "curves": "the losses of a run over its steps, as a plot",
     "first_picture": "the time from start to picture, and what the interface adds",
+    "plan": "a step as the TPU compiler sees it, beside MaxText's",
+    "plans": "every recipe compiled for every topology it has a layout for, as a page",
     "sample": "speed and quality of image sampling, as a table and a plot",
 }
 

@@ -78,7 +78,7 @@ def fill(
     """
     rows, length = prefix["segment"].shape
     x_BPD = model.embed(prefix, prefix["latent_mean"])
-    mask_BPP = model.mask(prefix)
+    mask_BPP = model.packed(prefix).mask()
     hidden_BPD, cache = model.backbone(
         x_BPD,
         prefix["position"],

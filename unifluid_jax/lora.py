@@ -166,7 +166,7 @@ def _matrix(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> 
     # Heads and the dims within a head are one side of a matrix.
     sides: list[int] = []
     for axis in axes[stacked:]:
-        if axis == "head_dim" and sides:
+        if axis in ("head_dim", "head_dim_in") and sides:
             sides[-1] += 1
         else:
             sides.append(1)

@@ -4,10 +4,13 @@ Every mean is per modality, over supervised text tokens or image tokens of the w
 lambda does not depend on the mixing ratio (the reductions are our choice).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from unifluid_jax import sharding
 from unifluid_jax.diffusion import DDPM, Flow
 from unifluid_jax.models.pair import Pair
 from unifluid_jax.models.unifluid import UniFluid
@@ -28,11 +31,145 @@ def totals(batch: dict[str, jax.Array]) -> dict[str, Float[Array, ""]]:
     }
 
 
-def cross_entropy(logits: Float[Array, "*S V"], target: Int[Array, "*S"]) -> Float[Array, "*S"]:
-    """Cross-entropy of one target each, in nats."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def text_loss(
+    hidden_BKD: Float[Array, "B K D"],
+    table_VD: Float[Array, "V D"],
+    target_BK: Int[Array, "B K"],
+    weight_BK: Float[Array, "B K"],
+    cap: float | None,
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums of the cross-entropy and of hits, from hidden states to the tied vocabulary.
+
+    The logits of `chunk` targets a row exist at a time, and their gradient is taken while they do:
+    a vocabulary of 256,000 never meets the whole batch, and nothing is computed twice. Where the
+    vocabulary is cut, hidden states travel and the table stays.
+
+    Args:
+        hidden_BKD: final hidden states at the targets, in the compute type.
+        table_VD: embeddings.
+        target_BK, weight_BK: the targets, and what each counts.
+        cap: soft cap of the logits.
+        chunk: targets of a row whose logits are computed at once, 0 for all.
+
+    Returns:
+        Sums over all targets: of weight x cross-entropy in nats, and of weight x whether the target
+        has the largest logit.
+    """
+    return _text_loss(hidden_BKD, table_VD, target_BK, weight_BK, cap, chunk, False)[:2]
+
+
+def _text_loss_forward(hidden_BKD, table_VD, target_BK, weight_BK, cap, chunk):
+    loss, hits, *gradients = _text_loss(
+        hidden_BKD, table_VD, target_BK, weight_BK, cap, chunk, True
+    )
+    return (loss, hits), gradients
+
+
+def _text_loss_backward(cap, chunk, gradients, cotangents):
+    # Hits have no gradient, and weights and targets are data.
+    d_hidden, d_table = gradients
+    loss = cotangents[0]
+    return (d_hidden * loss.astype(d_hidden.dtype), d_table * loss, None, None)
+
+
+text_loss.defvjp(_text_loss_forward, _text_loss_backward)
+
+
+def _text_loss(hidden, table, target, weight, cap, chunk, with_gradient):
+    """Loss and hits and, where asked for, the gradients of the loss to `hidden` and `table`."""
+    with jax.named_scope("logits"):
+        return _cut_text_loss(hidden, table, target, weight, cap, chunk, with_gradient)
+
+
+def _cut_text_loss(hidden, table, target, weight, cap, chunk, with_gradient):
+    size = chunk or target.shape[1]
+    spare = -target.shape[1] % size
+    hidden, target, weight = (
+        jnp.pad(x, ((0, 0), (0, spare)) + ((0, 0),) * (x.ndim - 2))
+        for x in (hidden, target, weight)
+    )
+    mesh = sharding.vocabulary_mesh(len(table), rows=len(target))
+    run = functools.partial(_chunks, cap=cap, size=size, with_gradient=with_gradient)
+    if mesh is None:
+        loss, hits, d_hidden, d_table = run(hidden, table, target, weight, vocabulary=())
+    else:
+        rows, vocabulary = jax.P(sharding.REPLICAS), jax.P(sharding.VOCABULARY)
+        run = jax.shard_map(
+            functools.partial(run, vocabulary=sharding.VOCABULARY),
+            in_specs=(rows, vocabulary, rows, rows),
+            out_specs=(jax.P(), jax.P(), rows, vocabulary),
+            check_vma=False,  # gradients are taken by hand
+        )
+        loss, hits, d_hidden, d_table = run(hidden, table, target, weight)
+    if not with_gradient:
+        return loss, hits, None, None
+    return loss, hits, d_hidden[:, : target.shape[1] - spare], d_table
+
+
+def _chunks(hidden_BKD, table_VD, target_BK, weight_BK, *, cap, size, with_gradient, vocabulary):
+    """`_text_loss` on one device, which has its rows and its part of the vocabulary."""
+    part_VD = table_VD.astype(hidden_BKD.dtype)
+    first = jax.lax.axis_index(vocabulary) * len(table_VD) if vocabulary else 0
+
+    def everyone(x):  # rows of all devices among which the vocabulary is cut
+        return jax.lax.all_gather(x, "fsdp", axis=0, tiled=True) if vocabulary else x
+
+    def over_vocabulary(x, combine):
+        return combine(x, vocabulary) if vocabulary else x
+
+    def one(d_table_VD, inputs):
+        h_BkD, target_Bk, weight_Bk = map(everyone, inputs)
+        raw_BkV = jnp.einsum("BkD,VD->BkV", h_BkD, part_VD, preferred_element_type=jnp.float32)
+        logits_BkV = raw_BkV if cap is None else cap * jnp.tanh(raw_BkV / cap)
+        top_Bk = over_vocabulary(logits_BkV.max(axis=-1), jax.lax.pmax)
+        # Capped logits cannot overflow when the cap itself is taken off: the sum then needs no
+        # maximum first, and stands beside it in one pass over the logits.
+        shift = top_Bk[:, :, None] if cap is None else jnp.full((1, 1, 1), cap)
+        exp_BkV = jnp.exp(logits_BkV - shift)
+        sum_Bk = over_vocabulary(exp_BkV.sum(axis=-1), jax.lax.psum)
+        index_V = first + jnp.arange(len(part_VD))
+        right_BkV = index_V[None, None] == target_Bk[:, :, None]
+        picked_Bk = over_vocabulary(
+            jnp.where(right_BkV, logits_BkV, 0.0).sum(axis=-1), jax.lax.psum
+        )
+        loss = ((shift[:, :, 0] + jnp.log(sum_Bk) - picked_Bk) * weight_Bk).sum()
+        hits = ((picked_Bk == top_Bk) * weight_Bk).sum()
+        if not with_gradient:
+            return d_table_VD, (loss, hits, None)
+        d_BkV = exp_BkV * (weight_Bk / sum_Bk)[:, :, None]
+        d_BkV = jnp.where(right_BkV, d_BkV - weight_Bk[:, :, None], d_BkV)
+        if cap is not None:
+            d_BkV *= 1.0 - jnp.square(logits_BkV / cap)
+        d_BkV = d_BkV.astype(h_BkD.dtype)
+        d_table_VD += jnp.einsum("BkV,BkD->VD", d_BkV, h_BkD, preferred_element_type=jnp.float32)
+        d_h_BkD = jnp.einsum("BkV,VD->BkD", d_BkV, part_VD)
+        if vocabulary:
+            d_h_BkD = jax.lax.psum_scatter(d_h_BkD, "fsdp", scatter_dimension=0, tiled=True)
+            d_h_BkD = jax.lax.psum(d_h_BkD, "tensor")
+        return d_table_VD, (loss, hits, d_h_BkD)
+
+    cut = [
+        x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+        for x in (hidden_BKD, target_BK, weight_BK)
+    ]
+    start = jnp.zeros(table_VD.shape, jnp.float32) if with_gradient else None
+    if len(cut[0]) == 1:
+        d_table, per_chunk = one(start, [x[0] for x in cut])
+        per_chunk = jax.tree.map(lambda x: x[None], per_chunk)
+    else:
+        d_table, per_chunk = jax.lax.scan(one, start, cut)
+    loss, hits, d_hidden = per_chunk
+    loss, hits = loss.sum(), hits.sum()
+    if vocabulary:
+        # All rows of an fsdp group are counted on each of its devices.
+        loss, hits = jax.lax.psum((loss, hits), "data")
+        d_table = d_table if d_table is None else jax.lax.psum(d_table, "data")
+    if d_hidden is not None:
+        d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden_BKD.shape)
+        d_table = d_table.astype(table_VD.dtype)
+    return loss, hits, d_hidden, d_table
 
 
 def unified(
@@ -46,6 +183,7 @@ def unified(
     image_slots: int,
     text_weight: float,
     draws: int,
+    text_chunk: int = 0,
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
     """UniFluid's loss of one packed batch.
 
@@ -57,6 +195,7 @@ def unified(
             sees to it).
         text_weight: lambda.
         draws: R, pairs of (t, noise) for each image token and pass of the backbone (MAR: 4).
+        text_chunk: text targets of a row whose logits are computed at once, 0 for all.
 
     Returns:
         The loss, and scalars, all of which add up over the parts of a batch: `loss`, `loss_text`
@@ -70,9 +209,14 @@ def unified(
 
     index_BK, weight_BK = slots(batch["text_weight"], text_slots)
     target_BK = jnp.take_along_axis(batch["text_target"], index_BK, axis=1)
-    logits_BKV = model.backbone.logits(_at(hidden_BLD, index_BK))
-    loss_text = (cross_entropy(logits_BKV, target_BK) * weight_BK).sum() / total["text"]
-    hit_BK = (logits_BKV.argmax(-1) == target_BK) * weight_BK
+    loss_text, hits = text_loss(
+        _at(hidden_BLD, index_BK),
+        model.backbone.embedding[...],
+        target_BK,
+        weight_BK / total["text"],
+        model.backbone.config.final_cap,
+        text_chunk,
+    )
 
     index_BN, weight_BN = slots(batch["image_weight"], image_slots)
     position_BN = jnp.take_along_axis(batch["target_position"], index_BN, axis=1)
@@ -83,12 +227,13 @@ def unified(
         time_key_B
     )
     noise_RBNC = jnp.moveaxis(_normal(noise_key_B, (draws, *x_BNC.shape[1:])), 0, 1)
-    loss_RBN = process.loss_at(
-        lambda x, t: model.head(x, t, z_BND),
-        jnp.broadcast_to(x_BNC[None], noise_RBNC.shape),
-        t_RBN,
-        noise_RBNC,
-    )
+    with jax.named_scope("head"):
+        loss_RBN = process.loss_at(
+            lambda x, t: model.head(x, t, z_BND),
+            jnp.broadcast_to(x_BNC[None], noise_RBNC.shape),
+            t_RBN,
+            noise_RBNC,
+        )
     loss_visual = (loss_RBN.mean(axis=0) * weight_BN).sum() / total["image"]
 
     loss = loss_visual + text_weight * loss_text
@@ -96,7 +241,7 @@ def unified(
         "loss": loss,
         "loss_text": loss_text,
         "loss_visual": loss_visual,
-        "accuracy_text": hit_BK.sum() / total["text"],
+        "accuracy_text": hits,
         "text_targets": (weight_BK > 0).sum(),
         "image_targets": (weight_BN > 0).sum(),
     }

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from unifluid_jax import checkpoint, nonfinite, sharding, tasks, trees
+from unifluid_jax import checkpoint, nonfinite, sharding, tasks, topology, trees
 from unifluid_jax.errors import UserError
 from unifluid_jax.step import describe, train_step
 
@@ -38,10 +38,12 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     step_fn = jax.jit(
         lambda state, batch: train_step(config, task, optimizer, state, batch),
         donate_argnums=0,
+        compiler_options=topology.compiler_options(jax.default_backend()),
     )
     state = restored.state
     for _ in range(restored.step + 1, step):
-        state, _ = step_fn(state, sharding.shard_batch(next(batches), mesh))
+        with jax.set_mesh(mesh):
+            state, _ = step_fn(state, sharding.shard_batch(next(batches), mesh))
     drawn = next(batches)
     changed = [name for name in drawn if not np.array_equal(drawn[name], kept.get(name))]
 

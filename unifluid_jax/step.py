@@ -1,7 +1,8 @@
 """The training step: a pure function (state, batch) -> (state, scalars).
 
 The state is a dict of pytrees: `step`; `params`, the parameters that are trained, their average
-`ema` and their `opt_state`; `frozen`, the parameters that are not.
+`ema` and their `opt_state`; `frozen`, the parameters that are not. `train` runs the step, `plan`
+compiles it for chips that are not there.
 """
 
 from typing import Any
@@ -93,9 +94,10 @@ def train_step(
         )
         (grads, scalars), _ = jax.lax.scan(add, zeros, cut)
 
-    updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
     norm = optax.tree.norm(grads)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
     ema = optim.ema_update(
         state["ema"], params, state["step"], config.train.ema_decay, config.train.ema_warmup
     )

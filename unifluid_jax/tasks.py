@@ -25,7 +25,7 @@ from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.pair import Pair, TextTowerConfig
 from unifluid_jax.models.siglip import SiglipConfig
 from unifluid_jax.models.vae import VaeConfig
-from unifluid_jax.parts import assemble
+from unifluid_jax.parts import Blueprint, Parts, assemble
 from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
@@ -73,9 +73,10 @@ def make(config: ConfigDict) -> Task:
 class UniFluidTask:
     """The unified model, on packed rows of all four tasks."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, parts: Parts | Blueprint | None = None):
+        """`parts`: a blueprint will do to trace the step; by default all of them are read."""
         self._config = config
-        self._parts = assemble(config)
+        self._parts = assemble(config) if parts is None else parts
         fixed = ("model", "process", "batch", "key_B", "total", "text_slots", "image_slots")
         configs.check_options(losses.unified, "config.loss", config.loss, fixed)
         self.model = self._parts.trained

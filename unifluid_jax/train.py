@@ -37,6 +37,7 @@ from unifluid_jax import (
     resume,
     sharding,
     tasks,
+    topology,
     trees,
     watchdog,
 )
@@ -169,7 +170,10 @@ def train(
 
         step_fn = observe.Program(
             jax.jit(
-                observed_step, donate_argnums=0, out_shardings=(where, sharding.replicated(mesh))
+                observed_step,
+                donate_argnums=0,
+                out_shardings=(where, sharding.replicated(mesh)),
+                compiler_options=topology.compiler_options(jax.default_backend()),
             ),
             "step",
             workdir / "program" if dump else None,
@@ -216,7 +220,8 @@ def train(
                 with meter.phase("input", step):
                     batch = next(batches)
                 asked = np.full(len(rows), notice.requested)
-                with profiler.step(step):
+                # By this mesh the models say where values lie inside the step.
+                with profiler.step(step), jax.set_mesh(mesh):
                     placed = sharding.shard_batch({**batch, "stop": asked}, mesh)
                     state, out = step_fn(state, placed)
                 # The step just sent off runs while the host reads the metrics of the one before.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unifluid_jax import trees
+from unifluid_jax.errors import UserError
 from unifluid_jax.models import gemma
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
@@ -61,10 +62,9 @@ def full(functional, params, inputs):
     return run(params)
 
 
-@pytest.mark.parametrize("remat", [None, "nothing_saveable", "dots_saveable"])
-def test_scanned_equals_unrolled(params, inputs, remat):
+def test_scanned_equals_unrolled(params, inputs):
     unrolled = full(functional(), params, inputs)
-    scanned = full(functional(scan_layers=True, remat=remat), params, inputs)
+    scanned = full(functional(scan_layers=True), params, inputs)
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
 
 
@@ -86,13 +86,52 @@ def test_scanned_equals_unrolled_in_gemma3(inputs):
         )
 
 
-def test_scanned_gradient_equals_unrolled(params, inputs):
-    def gradient(f):
-        return jax.grad(lambda p: jnp.square(full(f, p, inputs)).sum())(params)
+def gradient(f, params, inputs):
+    return jax.grad(lambda p: jnp.square(full(f, p, inputs)).sum())(params)
 
-    scanned = gradient(functional(scan_layers=True, remat="nothing_saveable"))
-    for a, b in zip(jax.tree.leaves(scanned), jax.tree.leaves(gradient(functional())), strict=True):
+
+@pytest.fixture(scope="module")
+def unrolled_gradient(params, inputs):
+    return gradient(functional(), params, inputs)
+
+
+@pytest.mark.parametrize("remat", ["full", "mlp", "dots", "offload_qkv"])
+def test_scanned_gradient_equals_unrolled_whatever_is_kept(
+    params, inputs, unrolled_gradient, remat
+):
+    found = gradient(functional(scan_layers=True, remat=remat), params, inputs)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(unrolled_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def kept(remat):
+    """Shapes that the layers keep for the backward pass, with the period and batch in front."""
+    f = functional(depth=4, scan_layers=True, remat=remat)
+    params = jax.eval_shape(f.init, jax.random.key(0))
+
+    def total(params, x):
+        position = jnp.broadcast_to(jnp.arange(T), (B, T))
+        mask = jnp.ones((B, T, T), bool)
+        return f.bind(params)(x, position, mask)[0].sum()
+
+    x = jax.ShapeDtypeStruct((B, T, 32), jnp.float32)
+    _, backward = jax.eval_shape(lambda p, x: jax.vjp(total, p, x), params, x)
+    return {leaf.shape for leaf in jax.tree.leaves(backward)}
+
+
+def test_a_policy_keeps_what_it_names():
+    gate, query = (2, B, T, 48), (2, B, T, 4, 8)  # two periods of two layers
+    assert gate not in kept("full") and query not in kept("full")
+    assert query in kept("qkv") and gate not in kept("qkv")
+    assert gate in kept("mlp")
+
+
+def test_an_unknown_policy_is_named():
+    f = functional(remat="fulll")
+    with pytest.raises(UserError, match='remat is "fulll".*did you mean "full"'):
+        f.bind(f.init(jax.random.key(0)))(
+            jnp.zeros((1, 2, 32)), jnp.zeros((1, 2), int), jnp.ones((1, 2, 2), bool)
+        )
 
 
 @pytest.mark.parametrize("scan", [False, True])

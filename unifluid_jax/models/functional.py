@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from unifluid_jax.errors import UserError, nearest
+
 Initializer = Callable[..., jax.Array]
 Params = dict[str, Any]
 
@@ -57,6 +59,53 @@ def unstack(layers: Any, depth: int) -> list[Any]:
     return [
         jax.tree.unflatten(structure, [leaf[i].squeeze(0) for leaf in slices]) for i in range(depth)
     ]
+
+
+# What a layer keeps of its activations for the backward pass, besides its input; the rest is
+# computed anew. In the order of the memory they take: names of values in the layers.
+KEPT: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": ("attention",),
+    "qkv": ("attention", "qkv"),
+    "up": ("attention", "qkv", "up"),
+    "mlp": ("attention", "qkv", "up", "gate"),
+}
+
+
+def _offload(*names: str) -> Any:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+REMAT: dict[str, Any] = {
+    **{name: jax.checkpoint_policies.save_only_these_names(*kept) for name, kept in KEPT.items()},
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # The same values as "qkv" and "mlp", in the memory of the host.
+    "offload_qkv": _offload(*KEPT["qkv"]),
+    "offload_mlp": _offload(*KEPT["mlp"]),
+}
+
+
+def checkpointed(function: Any, policy: str | None, where: str, **options: Any) -> Any:
+    """`function`, one layer, with the activations of its backward pass by a policy of `REMAT`.
+
+    Args:
+        policy: None keeps everything.
+        where: the field of the config that names it, for messages.
+        **options: of `jax.checkpoint`.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    if policy is None:
+        return function
+    if policy not in REMAT:
+        raise UserError(f'{where} is "{policy}"{nearest(policy, REMAT)}: one of {", ".join(REMAT)}')
+    return jax.checkpoint(function, policy=REMAT[policy], **options)
 
 
 class Functional:

@@ -9,17 +9,24 @@ V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from unifluid_jax.models.functional import param, stack, unstack
+from unifluid_jax import sharding
+from unifluid_jax.models import kernels
+from unifluid_jax.models.functional import checkpointed, param, stack, unstack
+from unifluid_jax.models.kernels import Packed
 
 Cache = dict[str, jax.Array]
+# Attention of given queries, keys and values under one mask: (q_BTHK, k_BSGK, v_BSGK) -> BTHK.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _dense = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 _zeros = jax.nn.initializers.zeros
@@ -45,8 +52,10 @@ class GemmaConfig:
         rope_stretch: positions of global layers are divided by it (Gemma-3's linear RoPE scaling).
         scan_layers: run the layers by `lax.scan` (accelerators: one layer is compiled) or unrolled
             (CPU: a scan body runs on one core).
-        remat: name of a `jax.checkpoint_policies` policy for each layer, or None to keep every
-            activation.
+        remat: what a layer keeps for the backward pass, a name of `functional.REMAT`, or None for
+            every activation.
+        kernel: what computes attention without a cache: "einsum", "splash" (TPU), "cudnn" (GPU,
+            without a soft cap), or "auto", the best of them for the devices in use.
         dtype: compute type; parameters are float32.
     """
 
@@ -70,6 +79,7 @@ class GemmaConfig:
     rope_stretch: float = 1.0
     scan_layers: bool = True
     remat: str | None = None
+    kernel: str = "auto"
     dtype: str = "float32"
 
     def rope_of(self, kind: str) -> tuple[float, float]:
@@ -120,7 +130,8 @@ def attend(
     logits = jnp.einsum("BTGQK,BSGK->BGQTS", q, k_BSGK, preferred_element_type=jnp.float32)
     logits = jnp.where(mask_BTS[:, None, None], soft_cap(logits, cap), -2.0e38)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("BGQTS,BSGK->BTGQK", weights, v_BSGK).reshape(b, t, h, k)
+    y_BTHK = jnp.einsum("BGQTS,BSGK->BTGQK", weights, v_BSGK).reshape(b, t, h, k)
+    return checkpoint_name(y_BTHK, "attention")
 
 
 class RmsNorm(nnx.Module):
@@ -158,7 +169,7 @@ class Block(nnx.Module):
             dense((0, 1), 2),
             rngs.params(),
             (c.heads, c.head_dim, c.width),
-            ("heads", "head_dim", "embed"),
+            ("heads", "head_dim_in", "embed_out"),
         )
         if c.qk_norm:
             self.q_norm = RmsNorm(c.head_dim, axis="head_dim", rngs=rngs)
@@ -166,7 +177,7 @@ class Block(nnx.Module):
         self.pre_mlp_norm = RmsNorm(c.width, rngs=rngs)
         self.gate = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
         self.up = param(_dense, rngs.params(), (c.width, c.mlp_dim), ("embed", "mlp"))
-        self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp", "embed"))
+        self.down = param(_dense, rngs.params(), (c.mlp_dim, c.width), ("mlp_in", "embed_out"))
         if c.post_norms:
             self.post_attention_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
             self.post_mlp_norm = RmsNorm(c.width, factor=c.post_norm_init, rngs=rngs)
@@ -176,18 +187,18 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         kind: str,
         position_BT: jax.Array,
-        mask_BTS: jax.Array,
+        attend: Attend,
         cache: Cache | None,
         offset: jax.Array | int,
     ) -> tuple[jax.Array, Cache | None]:
         attended, cache = self._attention(
-            self.pre_attention_norm(x_BTD), kind, position_BT, mask_BTS, cache, offset
+            self.pre_attention_norm(x_BTD), kind, position_BT, attend, cache, offset
         )
         x_BTD += self.post_attention_norm(attended) if self.config.post_norms else attended
         fed = self._mlp(self.pre_mlp_norm(x_BTD))
         return x_BTD + (self.post_mlp_norm(fed) if self.config.post_norms else fed), cache
 
-    def _attention(self, x_BTD, kind, position_BT, mask_BTS, cache, offset):
+    def _attention(self, x_BTD, kind, position_BT, attend, cache, offset):
         c, dtype = self.config, x_BTD.dtype
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
         q = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.q[...].astype(dtype))
@@ -203,13 +214,43 @@ class Block(nnx.Module):
                 for name, new in (("k", k), ("v", v))
             )
             cache = {"k": k, "v": v}
-        y = attend(q, k, v, mask_BTS, c.attention_cap)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
+        y = attend(q, k, v)
         return jnp.einsum("BTHK,HKD->BTD", y, self.o[...].astype(dtype)), cache
 
     def _mlp(self, x_BTD):
         dtype = x_BTD.dtype
-        gate = jax.nn.gelu(x_BTD @ self.gate[...].astype(dtype), approximate=True)
-        return (gate * (x_BTD @ self.up[...].astype(dtype))) @ self.down[...].astype(dtype)
+        gate = checkpoint_name(x_BTD @ self.gate[...].astype(dtype), "gate")
+        up = checkpoint_name(x_BTD @ self.up[...].astype(dtype), "up")
+        return (jax.nn.gelu(gate, approximate=True) * up) @ self.down[...].astype(dtype)
+
+
+def _look_up(
+    table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: str
+) -> Float[Array, "B T D"]:
+    """Rows of the table of embeddings.
+
+    Where the vocabulary is cut, every device looks up the tokens of all whose part it may hold, and
+    gets its own rows back: ids and rows travel, never the table.
+    """
+    mesh = sharding.vocabulary_mesh(len(table_VD), rows=len(tokens_BT))
+    if mesh is None:
+        return table_VD.astype(dtype)[tokens_BT]
+
+    def local(part_VD, tokens_BT):
+        tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        tokens_BT -= jax.lax.axis_index(sharding.VOCABULARY) * len(part_VD)
+        here_BT = (tokens_BT >= 0) & (tokens_BT < len(part_VD))
+        rows_BTD = part_VD[jnp.where(here_BT, tokens_BT, 0)]
+        # One device has a row, so that the sums below are exact in the compute type.
+        rows_BTD = jnp.where(here_BT[:, :, None], rows_BTD, 0.0).astype(dtype)
+        rows_BTD = jax.lax.psum_scatter(rows_BTD, "fsdp", scatter_dimension=0, tiled=True)
+        return jax.lax.psum(rows_BTD, "tensor")
+
+    rows = jax.P(sharding.REPLICAS)
+    return jax.shard_map(local, in_specs=(jax.P(sharding.VOCABULARY), rows), out_specs=rows)(
+        table_VD, tokens_BT
+    )
 
 
 class Gemma(nnx.Module):
@@ -223,14 +264,14 @@ class Gemma(nnx.Module):
             jax.nn.initializers.normal(config.width**-0.5),
             rngs.params(),
             (config.vocab_size, config.width),
-            ("vocab", "embed"),
+            ("vocab", "embed_out"),
         )
         self.layers = stack(lambda r: Block(config, rngs=r), config.depth, rngs)
         self.final_norm = RmsNorm(config.width, rngs=rngs)
 
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of text tokens, scaled by sqrt(D) as in every Gemma."""
-        rows = self.embedding[...].astype(self.config.dtype)[tokens_BT]
+        rows = _look_up(self.embedding[...], tokens_BT, self.config.dtype)
         return rows * jnp.asarray(math.sqrt(self.config.width), rows.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -260,7 +301,7 @@ class Gemma(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         position_BT: Int[Array, "B T"],
-        mask_BTS: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | Packed,
         cache: Cache | None = None,
         offset: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
@@ -269,7 +310,8 @@ class Gemma(nnx.Module):
         Args:
             x_BTD: embeddings, in the compute type.
             position_BT: RoPE positions.
-            mask_BTS: who attends to whom; S = T without a cache, else the cache's slots, each of
+            mask: who attends to whom. A full pass takes the vectors of packed rows, which every
+                kernel can read, or the mask they make; with a cache S is the cache's slots, each of
                 which must have been written by this call or an earlier one where the mask is true.
             cache: from `init_cache`, or None for a full pass.
             offset: slot that the first of the T positions is written to, the same for every row.
@@ -279,17 +321,49 @@ class Gemma(nnx.Module):
             key_position = jax.lax.dynamic_update_slice_in_dim(
                 cache["position"], position_BT, offset, axis=1
             )
-        distance = position_BT[:, :, None] - key_position[:, None, :]
-        masks = {"global": mask_BTS, "local": mask_BTS & (distance < self.config.window)}
+        attend = self._attend(position_BT, key_position, mask)
 
         def run(block: Block, kind: str, x: jax.Array, layer_cache: Cache | None):
-            return block(x, kind, position_BT, masks[kind], layer_cache, offset)
+            block = sharding.gathered(block, self.config.dtype)
+            x, layer_cache = block(x, kind, position_BT, attend[kind], layer_cache, offset)
+            return sharding.over_replicas(x), layer_cache
 
         layer_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         x_BTD, layer_cache = _run_layers(self.config, self.layers, run, x_BTD, layer_cache)
         if cache is not None:
             cache = {**layer_cache, "position": key_position}
         return self.final_norm(x_BTD), cache
+
+    def _attend(
+        self, position_BT: jax.Array, key_position_BS: jax.Array, mask: jax.Array | Packed
+    ) -> dict[str, Attend]:
+        """Attention of local and of global layers."""
+        c = self.config
+        if isinstance(mask, Packed):
+            kernel = kernels.choose(
+                c.kernel,
+                position_BT.shape[1],
+                c.head_dim,
+                c.attention_cap,
+                queries=mask.modality is not None,
+            )
+            if kernel == "splash":
+                splash = functools.partial(kernels.splash, packed=mask, cap=c.attention_cap)
+                return {
+                    "global": functools.partial(splash, window=None),
+                    "local": functools.partial(splash, window=c.window),
+                }
+            mask = mask.mask()
+        else:
+            kernel = "einsum"
+        distance = position_BT[:, :, None] - key_position_BS[:, None, :]
+        masks = {"global": mask, "local": mask & (distance < c.window)}
+        if kernel == "cudnn":
+            return {kind: functools.partial(kernels.cudnn, mask_BTT=m) for kind, m in masks.items()}
+        return {
+            kind: functools.partial(attend, mask_BTS=m, cap=c.attention_cap)
+            for kind, m in masks.items()
+        }
 
 
 def _run_layers(
@@ -304,9 +378,7 @@ def _run_layers(
     A period is unrolled inside the scan so that "local" and "global" stay static there; layers left
     over after the last whole period follow the scan.
     """
-    if config.remat is not None:
-        policy = getattr(jax.checkpoint_policies, config.remat)
-        run = jax.checkpoint(run, policy=policy, static_argnums=(1,))
+    run = checkpointed(run, config.remat, "config.model.backbone.remat", static_argnums=(1,))
     period = len(config.attention)
 
     def unrolled(x, layers_and_cache, depth):

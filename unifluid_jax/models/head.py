@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
+from unifluid_jax import sharding
 from unifluid_jax.models.functional import Initializer, stack, unstack
 
 _XAVIER = nnx.initializers.xavier_uniform()
@@ -87,15 +88,16 @@ class DiffusionHead(nnx.Module):
             t: time of the process in [0, 1000].
             z: outputs of the backbone.
         """
+        parts = sharding.gathered(self, self.config.dtype)
         rank = max(x.ndim, t.ndim + 1, z.ndim)
         time = _sinusoid(t.astype(jnp.float32), self.config.time_dim)
-        time = self.time_out(jax.nn.silu(self.time_in(time)))
-        y = jax.nn.silu(_lift(time, rank) + _lift(self.cond_in(z), rank))
-        h = _lift(self.token_in(x), rank)
-        for block in unstack(self.blocks, self.config.depth):
+        time = parts.time_out(jax.nn.silu(parts.time_in(time)))
+        y = jax.nn.silu(_lift(time, rank) + _lift(parts.cond_in(z), rank))
+        h = _lift(parts.token_in(x), rank)
+        for block in unstack(parts.blocks, self.config.depth):
             h = block(h, y)
-        shift, scale = jnp.split(self.final_modulation(y), 2, axis=-1)
-        return self.final_out(self.final_norm(h) * (1 + scale) + shift)
+        shift, scale = jnp.split(parts.final_modulation(y), 2, axis=-1)
+        return parts.final_out(parts.final_norm(h) * (1 + scale) + shift)
 
 
 class Block(nnx.Module):

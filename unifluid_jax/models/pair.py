@@ -70,7 +70,7 @@ class TextTower(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(dtype)
         normal = jax.nn.initializers.normal
         shape = (config.vocab_size, width)
-        self.embedding = param(normal(width**-0.5), rngs.params(), shape, ("vocab", "vision_embed"))
+        self.embedding = param(normal(width**-0.5), rngs.params(), shape, ("vocab", None))
         self.positions = param(normal(0.01), rngs.params(), (config.tokens, width), axes)
         self.blocks = stack(lambda r: siglip.Block(block, rngs=r), config.depth, rngs)
         self.final_norm = siglip.norm(width, self.dtype, rngs)

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from unifluid_jax.models.functional import Initializer, param, stack, unstack
+from unifluid_jax import sharding
+from unifluid_jax.models.functional import Initializer, checkpointed, param, stack, unstack
 
 _XAVIER = nnx.initializers.xavier_uniform()
 _LECUN = nnx.initializers.lecun_normal()
@@ -38,6 +39,7 @@ class SiglipConfig:
         scan_layers: run the blocks as one `lax.scan` (compiles once per block, whatever the depth)
             or unrolled (faster on CPU, where a scan's body runs on one core). The parameters are
             the same.
+        remat: as in `GemmaConfig`, with the policies that name no value: "full" and "dots".
         dtype: compute type, also of the features.
     """
 
@@ -49,6 +51,7 @@ class SiglipConfig:
     mlp_dim: int
     pool: int = 1
     scan_layers: bool = False
+    remat: str | None = None
     dtype: str = "float32"
 
     @property
@@ -102,13 +105,19 @@ class Siglip(nnx.Module):
         given, wanted = images_BHWC.shape[1:3], (config.image_size, config.image_size)
         if given != wanted:
             raise ValueError(f"pictures of {given} pixels for a tower of {wanted}: resize them")
-        x_BMW = self.patch_in(_patches(images_BHWC, config.patch_size, config.grid))
+        patch_in = sharding.gathered(self.patch_in, config.dtype)
+        x_BMW = patch_in(_patches(images_BHWC, config.patch_size, config.grid))
         x_BMW += self.positions[...].astype(x_BMW.dtype)[None]
+
+        def run(block: Block, x: jax.Array) -> jax.Array:
+            return sharding.over_replicas(sharding.gathered(block, config.dtype)(x))
+
+        run = checkpointed(run, config.remat, "config.model.vision.remat")
         if config.scan_layers:
-            x_BMW, _ = jax.lax.scan(lambda x, block: (block(x), None), x_BMW, self.blocks)
+            x_BMW, _ = jax.lax.scan(lambda x, block: (run(block, x), None), x_BMW, self.blocks)
         else:
             for block in unstack(self.blocks, config.depth):
-                x_BMW = block(x_BMW)
+                x_BMW = run(block, x_BMW)
         return _pooled(self.final_norm(x_BMW), config.pool)
 
 

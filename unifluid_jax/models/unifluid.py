@@ -12,13 +12,15 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from unifluid_jax import sharding
 from unifluid_jax.models.functional import param
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
+from unifluid_jax.models.kernels import Packed
 from unifluid_jax.models.siglip import Siglip, SiglipConfig
-from unifluid_jax.sequence import Modality, attention_mask
+from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
 
@@ -55,8 +57,9 @@ class Linear(nnx.Module):
         self.bias = param(jax.nn.initializers.zeros, rngs.params(), (outputs,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T inputs"], dtype: str) -> Float[Array, "B T D"]:
-        bias = self.bias[...].astype(dtype)
-        return x.astype(dtype) @ self.kernel[...].astype(dtype) + bias[None, None]
+        parts = sharding.gathered(self, dtype)
+        bias = parts.bias[...].astype(dtype)
+        return x.astype(dtype) @ parts.kernel[...].astype(dtype) + bias[None, None]
 
 
 class UniFluid(nnx.Module):
@@ -125,14 +128,14 @@ class UniFluid(nnx.Module):
 
         The full pass that training uses and cached decoding must equal.
         """
-        x_BLD = self.embed(batch, latents_BLC)
-        mask_BLL = self.mask(batch)
-        return self.backbone(x_BLD, batch["position"], mask_BLL)[0]
+        x_BLD = sharding.over_replicas(self.embed(batch, latents_BLC))
+        with jax.named_scope("backbone"):
+            return self.backbone(x_BLD, batch["position"], self.packed(batch))[0]
 
-    def mask(self, batch: Batch) -> Bool[Array, "B L L"]:
+    def packed(self, batch: Batch) -> Packed:
         """Who attends to whom in packed rows."""
         modality_BL = batch["modality"] if self.config.queries else None
-        return attention_mask(batch["step"], batch["segment"], modality_BL)
+        return Packed(batch["step"], batch["segment"], modality_BL)
 
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
@@ -152,7 +155,8 @@ class UniFluid(nnx.Module):
         """
         b, i, *pixels = images_BIHW3.shape
         images = images_BIHW3.reshape(b * i, *pixels).astype(jnp.float32) / 127.5 - 1.0
-        features = self.vision(images)
+        with jax.named_scope("siglip"):
+            features = self.vision(images)
         features = features.reshape(b, i * features.shape[1], features.shape[2])
         projected = self.vision_proj(features, self.config.backbone.dtype)
         projected = jnp.tile(projected, (len(here_BL) // b, 1, 1))

@@ -1,0 +1,47 @@
+"""Pretraining of a UniFluid on Gemma-2 9B, with the paper's batch of 2048 at 256 px.
+
+    unifluid plan --config=experiments/unifluid_9b.py:topology=v5p_128 --topology=v5p:4x4x4
+    unifluid train --config=experiments/unifluid_9b.py --workdir=runs/unifluid_9b
+
+AdamW at 1e-4, batch 2048 and a million steps are reported of the paper; the paper's lambda is
+0.005. The diffusion head, 12 residual blocks of width 1536, the SigLIP tower (So400m/14 at 224 px,
+frozen) and all else are our choice. It reads the data set "pairs" of the data folder, which a TFDS
+builder of yours has to make, and latents cached from the image tokenizer; docs/launch.md has the
+whole way.
+
+Expected: what the step needs on each topology is in docs/plans.md; no such run has been made yet.
+
+Arguments: `topology` ("v5p_128": 4 x 4 x 4 chips, "v5p_512": 4 x 8 x 8, "v6e_256": 16 x 16,
+"v6e_256x2": two such slices), `debug` (a CPU minute on easy-vqa).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments._pretrain import pretrain
+from unifluid_jax.config import parse_arg
+from unifluid_jax.errors import UserError, nearest
+
+# Parameters and moments are cut over fsdp, 16 devices; data are replicas of those. Where a side of
+# the slice is 16 long, fsdp is that side, and gradients are scattered while they are summed. What
+# layers keep (remat) is as much as fits.
+LAYOUTS = {
+    "v5p_128": {"mesh": (4, 16, 1), "accumulate": 1, "remat": "qkv"},
+    "v5p_512": {"mesh": (16, 16, 1), "accumulate": 1, "remat": "mlp"},
+    "v6e_256": {"mesh": (16, 16, 1), "accumulate": 1, "remat": "qkv"},
+    "v6e_256x2": {"mesh": (16, 16, 1), "slices": 2, "accumulate": 1, "remat": "qkv"},
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    arg = parse_arg(arg, topology="v5p_128", debug=False)
+    if arg.topology not in LAYOUTS:
+        hint = nearest(arg.topology, LAYOUTS)
+        raise UserError(f'no layout for the topology "{arg.topology}"{hint}')
+    return pretrain(
+        "gemma2_9b",
+        head=(12, 1536),
+        vocab_size=256_128,
+        layout=LAYOUTS[arg.topology],
+        tokenizer="pretrained/tokenizer.gemma",
+        debug=arg.debug,
+    )
