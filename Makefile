@@ -54,7 +54,7 @@ test-demo: export SCREENSHOTS := $(SCREENSHOTS)
 test-demo: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m demo tests/test_demo_browser.py
 
-test-plans: $(VENV)/installed-test
+test-plans: $(VENV)/installed-test,tpu
 	$(BIN)/python -m pytest -m plans tests/test_plan.py
 
 lint: $(VENV)/installed-test

@@ -51,7 +51,6 @@ EXTRAS = {
     "test": [
         "beartype>=0.22.2",
         "ipykernel>=7",
-        "libtpu>=0.0.40",  # 0.5 GB: compiles for TPUs without one
         "nbclient>=0.10",
         "pytest>=8.4",
         "pytest-xdist>=3.8",
