@@ -121,7 +121,7 @@ def test_counts_of_the_pipelines_batches(unifluid, tokenizer):
 
 
 def test_processes_share_the_rows_of_a_batch(unifluid, tokenizer, siglip):
-    for task, name in ((unifluid, "tokens"), (tokenizer, "images"), (siglip, "tokens")):
+    for task, name in ((unifluid, "tokens"), (tokenizer, "images"), (siglip, "images")):
         whole = next(task.batches(0, 1))[name]
         shares = [next(task.batches(i, 2))[name] for i in range(2)]
         assert [len(share) for share in shares] == [4, 4] and len(whole) == 8
@@ -162,8 +162,8 @@ def test_the_tokenizers_loss_adds_up_over_the_parts_of_a_batch(tokenizer):
         assert added[0] > 0
 
 
-def test_axes_name_every_dimension_of_every_parameter(unifluid, tokenizer):
-    for task in (unifluid, tokenizer):
+def test_axes_name_every_dimension_of_every_parameter(unifluid, tokenizer, siglip):
+    for task in (unifluid, tokenizer, siglip):
         shapes = jax.eval_shape(task.model.init, jax.random.key(0))
         axes = jax.tree.map(len, task.model.axes, is_leaf=lambda x: isinstance(x, tuple))
         assert axes == jax.tree.map(lambda leaf: leaf.ndim, shapes)
@@ -174,6 +174,7 @@ def test_a_siglip_learns_its_batch(siglip):
     batch = next(siglip.batches(0, 1))
     assert batch["images"].shape == (8, 16, 16, 3) and batch["tokens"].shape == (8, 8)
     assert siglip.count(batch) == {"examples": 8}
+    batch = jax.device_put(batch)
     total = siglip.totals(batch)
     assert total == 8
     params = worlds.make_params(siglip.model)
@@ -212,13 +213,15 @@ def test_logits_of_a_siglip_are_those_of_its_model(siglip):
     found = dataclasses.replace(subject, batch=2).logits(batch["images"][:5], captions)
     pair = siglip.model.bind(params)
     tokens = np.stack([subject.text.padded(caption, 8) for caption in captions])
-    images = pair.embed_images(batch["images"][:5] / 127.5 - 1)
+    images = pair.embed_images(jnp.asarray(batch["images"][:5] / 127.5 - 1))
     assert found.shape == (5, 3)
-    np.testing.assert_allclose(found, pair.logits(images, pair.embed_texts(tokens)), rtol=1e-4)
+    np.testing.assert_allclose(
+        found, pair.logits(images, pair.embed_texts(jnp.asarray(tokens))), rtol=1e-4
+    )
 
 
 def test_what_evaluations_score(unifluid, tokenizer):
-    assert isinstance(unifluid.subject({}), Model)
+    assert isinstance(unifluid.subject(worlds.make_params(unifluid.model)), Model)
     params = tiny.vae_params()
     subject = tokenizer.subject(params)
     assert isinstance(subject, ImageTokenizer)
