@@ -213,11 +213,10 @@ def test_logits_of_a_siglip_are_those_of_its_model(siglip):
     found = dataclasses.replace(subject, batch=2).logits(batch["images"][:5], captions)
     pair = siglip.model.bind(params)
     tokens = np.stack([subject.text.padded(caption, 8) for caption in captions])
-    images = pair.embed_images(jnp.asarray(batch["images"][:5] / 127.5 - 1))
+    images, texts = jnp.asarray(batch["images"][:5] / 127.5 - 1), jnp.asarray(tokens)
+    wanted = pair.logits(pair.embed_images(images), pair.embed_texts(texts))
     assert found.shape == (5, 3)
-    np.testing.assert_allclose(
-        found, pair.logits(images, pair.embed_texts(jnp.asarray(tokens))), rtol=1e-4
-    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def test_what_evaluations_score(unifluid, tokenizer):
