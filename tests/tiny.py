@@ -242,6 +242,7 @@ def siglip(folder, **changes):
         "image_size": SIZE,
         "flip": False,
         "shift": 2,
+        "streams": 1,
         "workers": 0,
         "max_corrupt": 0,
         "mixture": ({"dataset": "tiny", "split": "train", "weight": 1.0},),
