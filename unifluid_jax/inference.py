@@ -125,7 +125,7 @@ def origin(path: str | os.PathLike, which: str | None = None, step: int | None =
     folder = pretrained.find(path)
     if folder is None:
         located, step = checkpoint.locate(path, step)
-        (_, weights), *_ = checkpoint.parameter_folders(located, which or "ema")
+        (_, weights, _), *_ = checkpoint.parameter_folders(located, which or "ema")
         return Origin(str(located), step, weights)
     about = unifluid.read_about(folder)
     found = Origin(str(folder), about.get("step", 0), about.get("weights", "params"))
