@@ -30,8 +30,8 @@ from PIL import Image
 
 from data import png
 from unifluid_jax.errors import UserError, nearest
-from unifluid_jax.inference import to_array
 from unifluid_jax.input.records import canonical_features
+from unifluid_jax.pictures import to_array
 
 _KEYS = ("id", "image", "caption", "question", "answer", "edited", "instruction")
 

@@ -5,7 +5,8 @@
 
 With captions of your own: as in finetune_vqa.py, and docs/finetuning.md.
 
-Expected: not measured beyond the first steps; docs/finetuning.md has what finetune_vqa.py gives.
+Expected: on easy-vqa's captions, which the quickstart's model has learned, no gain beyond chance
+(exact 0.536 after 60 steps, 0.528 before).
 
 Arguments: `base` (workdir of a run or of `unifluid convert`, or an exported model), `data` (name of
 a data set), `split` and `test` (of it, to learn and to be scored on), `rank`, `steps`, `debug` (a

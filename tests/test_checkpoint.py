@@ -380,14 +380,17 @@ from unifluid_jax.checkpoint import Checkpointer
 mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
 where = jax.NamedSharding(mesh, jax.P("fsdp"))
 mine = np.full((1, 4), process, np.float32)
-state = {"w": jax.make_array_from_process_local_data(where, mine)}
-abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=where)}
+still = jax.make_array_from_process_local_data(where, mine + 5)
+state = {"w": jax.make_array_from_process_local_data(where, mine), "frozen": {"v": still}}
+kind = jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=where)
+abstract = {"w": kind, "frozen": {"v": kind}}
 iterator = {str(process): "x" * 3**process, "shared": 5}
 with Checkpointer(workdir, keep=1) as checkpointer:
     checkpointer.save(1, state, iterator, {})
     restored = checkpointer.restore(abstract)
 assert restored.iterator == {"0": "x", "1": "xxx", "shared": 5}
 assert np.array_equal(restored.state["w"].addressable_shards[0].data, mine)
+assert np.array_equal(restored.state["frozen"]["v"].addressable_shards[0].data, mine + 5)
 """
 
 
@@ -414,11 +417,12 @@ def test_two_processes_save_one_step_and_each_its_own_iterator(tmp_path):
             process.kill()
 
     # One process goes on with what two have saved.
-    abstract = {"w": jax.ShapeDtypeStruct((2, 4), jnp.float32)}
+    kind = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     with Checkpointer(tmp_path, keep=1) as checkpointer:
-        restored = checkpointer.restore(abstract)
+        restored = checkpointer.restore({"w": kind, "frozen": {"v": kind}})
     assert restored.iterator == {"0": "x", "1": "xxx", "shared": 5}
     np.testing.assert_array_equal(restored.state["w"][:, 0], [0, 1])
+    np.testing.assert_array_equal(restored.state["frozen"]["v"][:, 0], [5, 6])
 
 
 # --- what is not what was saved ---

@@ -33,6 +33,27 @@ def test_the_host_and_the_devices_agree_also_on_parts(dtype, shape):
     assert sum(parts[::-1]) % 2**32 == wanted
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 8), (16, 7), (40,)])
+@pytest.mark.parametrize("block", [1, 20, 24, 100, 1000])
+def test_blocks_of_shards_of_any_mesh_make_the_same_sum(monkeypatch, shape, block):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    wanted = checksums.part(x)
+    monkeypatch.setattr(checksums, "_BLOCK", block)
+    checksums._of.clear_cache()
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), (jax.sharding.AxisType.Auto,) * 3)
+    last, first = len(shape) - 1, 8 if shape[0] % 8 == 0 else 1
+    specs = [jax.P(), jax.P(*[None] * last, ("b", "a"))]
+    specs += [jax.P(("c", "b", "a"))] if first == 8 else []
+    specs += [jax.P(None, "c", "a")] if last == 2 else []
+    for spec in specs:
+        if last == 1 and spec and spec[-1] == ("b", "a"):
+            continue  # 7 columns do not divide
+        cut = jax.device_put(x, jax.NamedSharding(mesh, spec))
+        assert int(checksums.of(cut)) == wanted, spec
+    assert int(checksums.of(jnp.asarray(x))) == wanted
+    checksums._of.clear_cache()
+
+
 def test_places_count_modulo_two_to_the_32():
     """Beyond arrays that a test can hold: places wrap as the sums do."""
     x = np.arange(1, 9, dtype=np.uint32)

@@ -100,14 +100,15 @@ class Checkpointer:
             raise UserError(
                 f"cannot write checkpoints to {self._root}: {error.strerror}"
             ) from error
-        for path in self._root.iterdir():
+        # Not by Orbax, which does it in a thread of its own and takes new ones along.
+        for path in self._root.iterdir() if jax.process_index() == 0 else ():
             if ocp.utils.is_tmp_checkpoint(path):
                 logging.warning("removing the unfinished checkpoint %s", path)
+                path.rmtree()
         self._manager = ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self,
-                cleanup_tmp_directories=True,
                 lightweight_initialize=True,  # a damaged step must not end the run here
             ),
             item_names=("state", "iterator", "meta"),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from unifluid_jax import sharding
 from unifluid_jax.image_tokenizer import in_chunks, to_pixels
 from unifluid_jax.input.tokenizer import TextTokenizer
 from unifluid_jax.models.functional import Functional, Params
@@ -42,7 +43,8 @@ class Contrastive:
         embed_texts = functools.partial(_texts, self.model)
         images_BD = in_chunks(embed_images, self.params, images, self.batch)
         texts_KD = in_chunks(embed_texts, self.params, tokens_KT, self.batch)
-        return np.asarray(self.model.bind(self.params).logits(images_BD, texts_KD))
+        embedded = sharding.spread((images_BD, texts_KD), sharding.mesh_of(self.params))
+        return sharding.fetch(_logits(self.model, self.params, *embedded))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,3 +55,10 @@ def _images(model: Functional, params: Params, images: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _texts(model: Functional, params: Params, tokens_KT: jax.Array) -> jax.Array:
     return model.bind(params).embed_texts(tokens_KT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    model: Functional, params: Params, images_BD: jax.Array, texts_KD: jax.Array
+) -> jax.Array:
+    return model.bind(params).logits(images_BD, texts_KD)

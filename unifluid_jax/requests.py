@@ -54,7 +54,12 @@ def numbered(requests: Sequence[Request]) -> list[Request]:
     return result
 
 
-def texts_of(texts: str | Sequence[str]) -> list[str]:
+def texts_of(texts: str | Sequence[Any]) -> list[str]:
+    """The texts of a call.
+
+    Raises:
+        UserError: one of them is none.
+    """
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         if not isinstance(text, str):

@@ -1,6 +1,8 @@
 """Every score on models whose right answers are known; which scores run, when, on what."""
 
 import dataclasses
+import itertools
+import re
 import sys
 import types
 
@@ -43,6 +45,7 @@ def config(data_dir, monkeypatch):
     return ConfigDict(
         {
             "data_dir": str(data_dir),
+            "input": {"edit_vision": True, "edit_latents": True},
             "evals": {name: {**shared, **fields} for name, fields in EVERY.items()},
         }
     )
@@ -117,13 +120,16 @@ def truth(image, question=None):
 
 
 def test_a_siglip_is_scored_by_the_captions_it_chooses(config):
+    # Every drawing has two captions, so it comes twice; all 18 are there to choose from.
     found = outcome(config, "match", FakeSiglip(truth))
-    assert found.scores == {"accuracy": 1.0, "captions": 9.0} and found.count == 9
-    assert [tile.text for tile in found.tiles][0] == "a red circle"
-    # One caption for all pictures is right for one of nine.
+    assert found.scores == {"accuracy": 0.5, "captions": 18.0} and found.count == 18
+    assert found.tiles[0].text == "a red circle"
+    forms = itertools.cycle((truth, lambda image: "{2} in {1}".format(*truth(image).split())))
+    found = outcome(config, "match", FakeSiglip(lambda image: next(forms)(image)))
+    assert found.scores == {"accuracy": 1.0, "captions": 18.0}
     found = outcome(config, "match", FakeSiglip(lambda image: "a red circle"))
-    assert found.scores == {"accuracy": pytest.approx(1 / 9), "captions": 9.0}
-    assert [tile.text for tile in found.tiles][-1].startswith("a red circle (not a ")
+    assert found.scores == {"accuracy": pytest.approx(1 / 18), "captions": 18.0}
+    assert re.fullmatch(r"a red circle \(not .+\)", found.tiles[-1].text)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -210,6 +211,23 @@ def test_narrow_weights_stay_narrow_and_are_read_exactly(world, tmp_path):
     for name, x in trees.flatten(inference.load(tmp_path / "narrow").params).items():
         assert x.dtype == np.float32
         np.testing.assert_array_equal(x, np.asarray(wide[name]).astype(bfloat16), name)
+
+
+def test_damage_of_what_was_converted_is_found(world, tmp_path):
+    """By whoever reads it: training, `load`, and the way out."""
+    shutil.copytree(world / "initial", tmp_path / "initial")
+    folder, _ = checkpoint.locate(tmp_path / "initial", None)
+    (file,) = Path(folder).glob("state/params.backbone.final_norm.scale/0")
+    data = bytearray(file.read_bytes())
+    data[5] ^= 4
+    file.write_bytes(data)
+    message = "is damaged .*checksums differ.*final_norm/scale"
+    with pytest.raises(UserError, match=message):
+        inference.load(tmp_path / "initial")
+    stored = checkpoint.stored_config(folder)
+    with pytest.raises(UserError, match="state is damaged at backbone/final_norm/scale"):
+        export.convert(folder, stored, "hf_gemma", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_are_merged_on_the_way_out(world, tmp_path):
