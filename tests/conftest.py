@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jaxtyping
 import pytest
+from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,6 +21,17 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_enable_compilation_cache", False)
 # Production runs unchecked; this hook is the one switch.
 jaxtyping.install_import_hook("unifluid_jax", "beartype.beartype")
+
+# Programs have flags of the same names; a test process may import several of them.
+_set_flag = flags.FlagValues.__setitem__
+
+
+def _set_shared_flag(values, name, flag):
+    flag.allow_override = True
+    _set_flag(values, name, flag)
+
+
+flags.FlagValues.__setitem__ = _set_shared_flag
 
 
 @pytest.fixture

@@ -38,9 +38,12 @@ os.environ |= {
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 from absl import logging
 
+# Ahead of the installed packages, of which one brings a top-level "tests" of its own.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests import tiny
 from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees
 from unifluid_jax import config as configs
 

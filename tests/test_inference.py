@@ -17,6 +17,7 @@ from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.errors import UserError
 from unifluid_jax.input.examples import make_sequencer
 from unifluid_jax.input.records import resized
+from unifluid_jax.requests import texts_of
 from unifluid_jax.settings import Writing
 
 
@@ -334,7 +335,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve"
         (lambda m: m.caption(picture(0), beams=9999), "beams is 9999, the vocabulary has 1536"),
         (lambda m: m.caption(picture(0), length_penalty=-1.0), "length_penalty is -1.0: set it to"),
         (lambda m: m.generate("a", colour="red"), 'no setting "colour" of pictures: there are'),
-        (lambda m: m.generate(["a", 3]), "prompts, instructions and questions are texts, got 3"),
+        (lambda m: texts_of(["a", 3]), "prompts, instructions and questions are texts, got 3"),
         (lambda m: m.edit(picture(0), "a", image_guidance=2.0), "image_guidance 2.0 needs a model"),
         (lambda m: m.inpaint(picture(0), MASK & False, "a"), "the mask is black everywhere"),
         (lambda m: m.inpaint([picture(0)] * 3, [MASK] * 2, "a"), "3 pictures and 2 masks and 1 te"),

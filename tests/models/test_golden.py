@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unifluid_jax import diffusion, image_tokenizer, interop
+from unifluid_jax import diffusion, image_tokenizer, interop, samplers
 from unifluid_jax.interop import files, transfer
 from unifluid_jax.interop.rules import Rule, Table
 from unifluid_jax.interop.tensors import Memory
@@ -113,6 +113,7 @@ def test_every_feature_matters(name):
     tokens = jnp.asarray(numbers["tokens"])[:1]
     length = tokens.shape[1]
     params = interop.read_part("gemma", GOLDEN / name, abstract(decoder(config)))
+    params = jax.tree.map(jnp.asarray, params)
     switches = {"gemma1": ["query_scale", "attention_cap", "final_cap", "rope_base"]}
     switches["gemma2"] = [*switches["gemma1"], "window"]
     switches["gemma3"] = ["query_scale", "window", "rope_base", "local_rope_base", "rope_stretch"]
@@ -276,9 +277,9 @@ def test_diffusion_sample_equals_mars(head, monkeypatch):
     numbers = golden("mar_head")
     noise = jnp.asarray(numbers["sample_noise"])
     z = jnp.stack([numbers["sample_z"], numbers["sample_z_null"]])
-    monkeypatch.setattr(diffusion, "_row_noise", lambda key, index, dim: noise[index])
-    predict = diffusion.guided(lambda x, t: head(x, t, z), numbers["guidance"], dim=6)
-    sampler = diffusion.sampler_from(diffusion.DDPM(), steps=100)
+    monkeypatch.setattr(samplers, "_row_noise", lambda key, index, dim: noise[index])
+    predict = samplers.guided(lambda x, t: head(x, t, z), numbers["guidance"], dim=6)
+    sampler = samplers.sampler_from(diffusion.DDPM(), steps=100)
     keys = jax.random.split(jax.random.key(0), 4)
     sample = jax.jit(lambda keys: sampler(keys, predict, 6, numbers["temperature"]))(keys)
     close(sample, numbers["sample"])
