@@ -26,6 +26,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ |= {
@@ -40,12 +41,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-# Ahead of the installed packages, of which one brings a top-level "tests" of its own.
+# An installed package brings a top-level "tests" of its own, which would go before this folder.
+sys.modules["tests"] = types.ModuleType("tests")
+sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests import tiny
-from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees
-from unifluid_jax import config as configs
+import tiny  # noqa: E402
+
+from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees  # noqa: E402
+from unifluid_jax import config as configs  # noqa: E402
 
 KINDS = ("kill", "kill at once", "term", "kill while saving", "truncate", "flip", "kill one of two")
 STEPS = 60
@@ -56,7 +60,7 @@ PATIENCE = 400  # seconds; what takes longer hangs
 class Small:
     """Next token and noised latent, from one token and one latent each."""
 
-    axes = {"embed": ("vocab", "embed"), "latent": ("embed", "mlp")}
+    axes = {"embed": ("vocab", None), "latent": ("embed", "mlp")}
 
     def init(self, key):
         shapes = {"embed": (512, 16), "latent": (32, 32)}

@@ -278,7 +278,7 @@ def test_diffusion_sample_equals_mars(head, monkeypatch):
     noise = jnp.asarray(numbers["sample_noise"])
     z = jnp.stack([numbers["sample_z"], numbers["sample_z_null"]])
     monkeypatch.setattr(samplers, "_row_noise", lambda key, index, dim: noise[index])
-    predict = samplers.guided(lambda x, t: head(x, t, z), numbers["guidance"], dim=6)
+    predict = samplers.guided(lambda x, t: head(x, t, z), (numbers["guidance"],), dim=6)
     sampler = samplers.sampler_from(diffusion.DDPM(), steps=100)
     keys = jax.random.split(jax.random.key(0), 4)
     sample = jax.jit(lambda keys: sampler(keys, predict, 6, numbers["temperature"]))(keys)
