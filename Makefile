@@ -42,6 +42,7 @@ test: lint
 test-interop: $(INTEROP)/installed
 	$(INTEROP)/bin/python -m data.tokenizers data_cache
 	$(INTEROP)/bin/python -m pytest -m interop
+	$(INTEROP)/bin/python -m pytest tests/input/test_tokenizer.py
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/python tests/faults.py --faults=100

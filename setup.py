@@ -40,11 +40,13 @@ EVAL = ["pycocoevalcap>=1.2"]
 
 DEMO = ["gradio>=6"]
 
+DOCS = ["matplotlib>=3.10"]
+
 EXTRAS = {
     "cuda": ["jax[cuda]>=0.11.1,<0.13"],
     "data": DATA,
     "demo": DEMO,
-    "docs": ["matplotlib>=3.10"],
+    "docs": DOCS,
     "eval": EVAL,
     # Later ones need protobuf 7 to read a model, and gemma's dependencies keep protobuf at 6.
     "gemma": ["gemma>=4.0", "sentencepiece<0.2.2"],
@@ -58,6 +60,7 @@ EXTRAS = {
         "selenium>=4.30",
         *DATA,
         *DEMO,
+        *DOCS,
         *EVAL,
     ],
     "tpu": ["jax[tpu]>=0.11.1,<0.13"],

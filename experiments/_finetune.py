@@ -2,7 +2,22 @@
 
 from ml_collections import ConfigDict
 
+from unifluid_jax import config as configs
 from unifluid_jax import inference
+
+
+def parse(arg: str) -> ConfigDict:
+    """The arguments of a finetuning experiment."""
+    return configs.parse_arg(
+        arg,
+        base="runs/quickstart",
+        data="easy_vqa",
+        split="train",
+        test="test",
+        rank=8,
+        steps=200,
+        debug=False,
+    )
 
 
 def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:

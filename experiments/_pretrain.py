@@ -2,11 +2,23 @@
 
 from ml_collections import ConfigDict
 
+from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.models.presets import preset
 
 # One example fills a row: 256 image tokens after up to 128 of text, or 256 vision tokens, a
 # question and its answer. A multiple of 128, which the attention kernel needs.
 LENGTH = 384
+
+
+def layout_for(topology: str, layouts: dict[str, dict]) -> dict:
+    """A recipe's layout for a topology.
+
+    Raises:
+        UserError: it has none.
+    """
+    if topology not in layouts:
+        raise UserError(f'no layout for the topology "{topology}"{nearest(topology, layouts)}')
+    return layouts[topology]
 
 
 def pretrain(

@@ -15,20 +15,10 @@ CPU minute).
 from ml_collections import ConfigDict
 
 from experiments import _finetune
-from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(
-        arg,
-        base="runs/quickstart",
-        data="easy_vqa",
-        split="train",
-        test="test",
-        rank=8,
-        steps=200,
-        debug=False,
-    )
+    arg = _finetune.parse(arg)
     config = _finetune.start(arg.base, arg.rank, arg.steps, arg.debug)
     # New kinds of pictures ask more of the head than new instructions do.
     config.lora.target += r"|head/blocks/mlp_(in|out)/kernel"

@@ -17,9 +17,8 @@ Arguments: `topology` ("v5e_64": 8 x 8 chips, "v5e_256": 16 x 16, "v5p_128": 4 x
 
 from ml_collections import ConfigDict
 
-from experiments._pretrain import pretrain
+from experiments._pretrain import layout_for, pretrain
 from unifluid_jax.config import parse_arg
-from unifluid_jax.errors import UserError, nearest
 
 # Parameters and moments are cut over fsdp, 16 devices; data are replicas of those. Where a side of
 # the slice is 16 long, fsdp is that side, and gradients are scattered while they are summed. What
@@ -35,14 +34,11 @@ LAYOUTS = {
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, topology="v5e_64", debug=False)
-    if arg.topology not in LAYOUTS:
-        hint = nearest(arg.topology, LAYOUTS)
-        raise UserError(f'no layout for the topology "{arg.topology}"{hint}')
     return pretrain(
         "gemma2_2b",
         head=(6, 1024),
         vocab_size=256_128,
-        layout=LAYOUTS[arg.topology],
+        layout=layout_for(arg.topology, LAYOUTS),
         tokenizer="pretrained/tokenizer.gemma",
         debug=arg.debug,
     )

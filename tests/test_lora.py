@@ -8,10 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny, worlds
-from unifluid_jax import checkpoint, inference, lora, parts, sharding, tasks, trees
+from unifluid_jax import checkpoint, inference, lora, parts, sharding, tasks, train, trees
 from unifluid_jax.errors import UserError
-
-train = tiny.program("train")
 
 TARGET = r"backbone/layers/(q|o|gate)|vision/blocks/(query|attention_out|mlp_in)/kernel"
 LORA = {"rank": 2, "alpha": 4.0, "target": TARGET}

@@ -12,10 +12,10 @@ from absl.testing import flagsaver
 from tests import tiny
 from unifluid_jax import checkpoint, evals, image_tokenizer
 from unifluid_jax import config as configs
+from unifluid_jax import tokenizer as program
 from unifluid_jax.errors import UserError
 from unifluid_jax.input import pipeline
 
-program = tiny.program("tokenizer")
 PICTURES = np.stack([tiny.picture(i) for i in range(6)])
 
 

@@ -14,11 +14,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unifluid_jax import checkpoint, evals, replay, sharding, tasks, trees
+from unifluid_jax import checkpoint, evals, replay, sharding, tasks, train, trees
 from unifluid_jax import config as configs
 from unifluid_jax.errors import Restart, UserError
-
-train = tiny.program("train")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,10 @@
 """A tiny world for the trainer: a data set, an image tokenizer, configs, a batch, programs."""
 
-import importlib
 import types
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import flags
 from ml_collections import ConfigDict
 
 from tests.worlds import VAE, encoded
@@ -300,16 +298,3 @@ def batch(layout, rows=8, length=48, pictures=4):
             result["segment"][row, at : at + len(part)] = number
             at, seen = at + len(part), seen + len(part.images)
     return result
-
-
-def program(name):
-    """The module of a program, beside others whose flags have the same names."""
-
-    def share():
-        for flag in flags.FLAGS:
-            flags.FLAGS[flag].allow_override = True
-
-    share()
-    module = importlib.import_module(f"unifluid_jax.{name}")
-    share()
-    return module

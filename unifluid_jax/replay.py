@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, nonfinite, sharding, tasks, topology, trees
 from unifluid_jax.errors import UserError
-from unifluid_jax.step import describe, train_step
+from unifluid_jax.step import describe, row_keys, train_step
 
 
 def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
@@ -53,9 +53,7 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     whole = trees.join(state["params"], state["frozen"])
     lines += _listed("parameters", whole) + _listed("the batch", kept)
     batch = sharding.shard_batch(kept, mesh)
-    rows = len(jax.tree.leaves(batch)[0])
-    key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
+    key_B = row_keys(config, state["step"], len(jax.tree.leaves(batch)[0]))
 
     @jax.jit
     def gradient(params: Any, frozen: Any) -> Any:

@@ -51,6 +51,12 @@ def init(
     }
 
 
+def row_keys(config: ConfigDict, step: jax.Array, rows: int) -> jax.Array:
+    """The keys that the rows of a step draw their noise from."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
 def train_step(
     config: ConfigDict,
     task: tasks.Task,
@@ -69,8 +75,7 @@ def train_step(
     """
     rows = len(jax.tree.leaves(batch)[0])
     parts = config.train.accumulate
-    key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    key_B = row_keys(config, state["step"], rows)
     total = task.totals(batch)
 
     def loss(params, batch, key_B):

@@ -6,8 +6,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
-
 from benchmarks import sample
 from tests import worlds
 from unifluid_jax import decode_image

@@ -28,7 +28,7 @@ from unifluid_jax.errors import UserError
 from unifluid_jax.interop import files, safetensors, transfer, vae_sizes
 from unifluid_jax.interop.orbax import OrbaxSink
 from unifluid_jax.interop.rules import Leaf, Span
-from unifluid_jax.interop.tensors import BFLOAT16, leaves_of
+from unifluid_jax.interop.tensors import BFLOAT16, leaves_of, portions
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.siglip import resize_positions
 from unifluid_jax.models.vae import VaeConfig
@@ -242,15 +242,7 @@ def _initialised(
     model: Functional, seed: int, leaves: Mapping[str, Leaf]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The values that these leaves have in a fresh model of this seed; nothing else is made."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for path, leaf in leaves.items():
-        if groups[-1] and filled + leaf.nbytes > _FRESH_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(path)
-        filled += leaf.nbytes
-    for group in filter(None, groups):
+    for group in filter(None, portions(leaves, _FRESH_BYTES)):
 
         def make(key: jax.Array, group: list[str] = group) -> dict[str, jax.Array]:
             flat = trees.flatten(model.init(key))

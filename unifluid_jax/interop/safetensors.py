@@ -17,7 +17,7 @@ import numpy as np
 
 from unifluid_jax.errors import UserError
 from unifluid_jax.interop.rules import Leaf, Span
-from unifluid_jax.interop.tensors import BFLOAT16, Place, RawTensors
+from unifluid_jax.interop.tensors import BFLOAT16, Place, RawTensors, portions
 
 _DTYPES = {
     "BF16": BFLOAT16,
@@ -146,7 +146,7 @@ class Writer:
         self._left = {name: leaf.nbytes for name, leaf in leaves.items()}
         self._place: dict[str, tuple[int, int]] = {}
         self._files: list[int] = []
-        shards = _shards(leaves, file_bytes)
+        shards = portions(leaves, file_bytes)
         names = [f"{stem}.safetensors"]
         if len(shards) > 1:
             n = len(shards)
@@ -209,15 +209,3 @@ class Writer:
         os.truncate(file, 8 + len(text) + end)
         for name in leaves:
             self._place[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
-
-
-def _shards(leaves: Mapping[str, Leaf], file_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, leaf in leaves.items():
-        if shards[-1] and filled + leaf.nbytes > file_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += leaf.nbytes
-    return shards

@@ -146,6 +146,22 @@ def leaves_of(tree: Any) -> dict[str, Leaf]:
     }
 
 
+def portions(leaves: Mapping[str, Leaf], size: int) -> list[list[str]]:
+    """The names of leaves in their order, cut where a portion would exceed `size` bytes.
+
+    A leaf that is larger has a portion of its own; of no leaves there is one, which is empty.
+    """
+    found: list[list[str]] = [[]]
+    filled = 0
+    for name, leaf in leaves.items():
+        if found[-1] and filled + leaf.nbytes > size:
+            found.append([])
+            filled = 0
+        found[-1].append(name)
+        filled += leaf.nbytes
+    return found
+
+
 def part(x: np.ndarray, span: Span) -> np.ndarray:
     """The span of an array, a view."""
     x = x[span.at]
