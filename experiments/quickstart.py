@@ -25,7 +25,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=2900, order="random", process="flow", queries=False, debug=False)
+    arg = parse_arg(arg, steps=3200, order="random", process="flow", queries=False, debug=False)
     width = 32 if arg.debug else 128
     config = ConfigDict()
     config.task = "unifluid"
