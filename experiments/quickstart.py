@@ -25,7 +25,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=3200, order="random", process="flow", queries=False, debug=False)
+    arg = parse_arg(arg, steps=3000, order="random", process="flow", queries=False, debug=False)
     width = 32 if arg.debug else 128
     config = ConfigDict()
     config.task = "unifluid"
@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "batch_size": 8,
             # As many pictures a row either way: queries double the length of one.
             "seq_len": 192 if arg.queries else 128,
-            "max_images": 2,
+            "max_images": 1,
             "max_text_targets": 24,
             "max_image_targets": 64,
             "max_prompt_tokens": 20,
@@ -103,10 +103,10 @@ def get_config(arg: str = "") -> ConfigDict:
                 {"dataset": dataset, "split": "train", "task": task, "weight": weight}
                 for dataset, task, weight in (
                     # Reading comes cheaply with a pretrained tower; drawing begins at nothing.
-                    ("easy_vqa", "caption", 0.15),
+                    ("easy_vqa", "caption", 0.05),
                     ("easy_vqa", "vqa", 0.7),
-                    ("easy_vqa", "generate", 3.6),
-                    ("easy_vqa", "edit", 0.9),
+                    ("easy_vqa", "generate", 3.8),
+                    ("easy_vqa", "edit", 0.8),
                     ("openmoji", "caption", 0.1),
                     ("openmoji", "vqa", 0.05),
                     ("openmoji", "generate", 0.6),
@@ -146,7 +146,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "steps": 20 if arg.debug else arg.steps,
             "accumulate": 1,
-            "ema_decay": 0.998,
+            "ema_decay": 0.995,
             "ema_warmup": True,
             "log_every": 50,
             "checkpoint_every": 10 if arg.debug else 500,
