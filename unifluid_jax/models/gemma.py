@@ -230,8 +230,8 @@ class Block(nnx.Module):
 def _gradient_once(x: jax.Array) -> jax.Array:
     """`x`, whose gradient is computed once and not in every matmul of the backward pass.
 
-    XLA on CPU would fuse GeLU's derivative into the transposition before a matmul and run it element
-    by element, on one core: a tenth of a small model's step.
+    XLA on CPU would fuse GeLU's derivative into the transposition before a matmul, and run it
+    element by element: a tenth of a small model's step.
     """
     return x
 
