@@ -4,8 +4,17 @@ Shape annotations are checked, and there is no silent rank promotion.
 """
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation, and most programs are compiled by more than one test:
+# they share a folder of programs, with the other workers and with the processes that tests start.
+# Nothing stays in the home of who runs it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="unifluid_programs_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jaxtyping
@@ -17,8 +26,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of a small test's time is compilation; the programs themselves run in milliseconds either
 # way.
 jax.config.update("jax_disable_most_optimizations", True)
-# Nothing of a test stays in the home of who runs it.
-jax.config.update("jax_enable_compilation_cache", False)
 # Production runs unchecked; this hook is the one switch.
 jaxtyping.install_import_hook("unifluid_jax", "beartype.beartype")
 
@@ -37,3 +44,8 @@ flags.FlagValues.__setitem__ = _set_shared_flag
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -201,6 +201,20 @@ def test_recipes_have_the_papers_batch_and_the_published_sizes(name, argument):
         recipe(name, "v5e_65")
 
 
+@pytest.mark.parametrize(
+    ("kind", "flops"), [("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)]
+)
+def test_the_peak_of_a_device(kind, flops):
+    assert topology.peak(kind) == flops
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_compilers_names_of_chips_are_those_of_the_peaks(name):
+    chip, devices = topology.describe(name)
+    assert topology.peak(devices[0].device_kind) == chip.flops
+
+
 @needs_libtpu
 def test_a_small_recipe_compiles_for_a_tpu():
     found = planning.make(small(), "v5e:2x4")

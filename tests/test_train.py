@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from unifluid_jax import checkpoint, evals, replay, sharding, tasks, train, trees
+from unifluid_jax import (
+    checkpoint,
+    estimate,
+    evals,
+    planning,
+    replay,
+    sharding,
+    tasks,
+    topology,
+    train,
+    trees,
+)
 from unifluid_jax import config as configs
 from unifluid_jax.errors import Restart, UserError
 
@@ -281,24 +292,6 @@ def test_computing_in_bfloat16_keeps_the_state_in_float32(world, reference):
 # --- whole runs ---
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """A cache of compiled programs: the runs below differ in where they stop, not in the step."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (folder, 0, -1), strict=True):
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
-
-
 def run(config, workdir, batches=None, interrupt=None):
     """Trains; the last state, the records of metrics.jsonl, and every batch that was drawn.
 
@@ -349,7 +342,7 @@ MESH = {"data": 1, "fsdp": -1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
-def whole(world, programs, tmp_path_factory):
+def whole(world, tmp_path_factory):
     """8 steps in one go, with an evaluation on the way: (workdir, state, records, batches)."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     evals = {"quiz": tiny.score("vqa", every=5), "later": tiny.score("vqa", every=0)}
@@ -373,7 +366,7 @@ __main__.main()
 """
 
 
-def test_a_killed_run_goes_on_bit_for_bit(world, programs, whole, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(world, whole, tmp_path):
     """2N steps = N, saved + 2, killed in the third + N."""
     workdir = tmp_path / "killed"
     config = tiny.unifluid(world, mesh=MESH)
@@ -384,9 +377,6 @@ def test_a_killed_run_goes_on_bit_for_bit(world, programs, whole, tmp_path):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "8",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": programs,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     arguments = [f"--config={file}", f"--workdir={workdir}"]
     process = subprocess.Popen(
@@ -434,6 +424,18 @@ def test_a_run_is_one_step_after_another(whole, reference):
         np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=1e-4, err_msg=name)
 
 
+def test_a_run_tells_its_model_flops_and_their_share_of_the_peak(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(topology, "peak", lambda kind: 1e12)
+    config = tiny.unifluid(world, mesh=MESH, **{"train.steps": 3})
+    train.train(config, tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    step = planning.describe(config, jax.devices())
+    by_part = estimate.parts(step.plan, step.state["params"])
+    work = config.input.batch_size * sum(part.step for part in by_part.values())
+    assert last["model_flops/s"] == pytest.approx(work * last["steps/s"])
+    assert last["mfu"] == pytest.approx(last["model_flops/s"] / 8e12)
+
+
 def test_the_state_after_a_run_is_its_last_checkpoint(whole):
     workdir, state, *_ = whole
     assert int(state["step"]) == checkpoint.locate(workdir, None)[1] == 8
@@ -456,7 +458,7 @@ def test_an_evaluation_during_training_writes_scores_and_pictures(whole):
     assert names == ["quiz_0000005.png", "quiz_0000008.png"]
 
 
-def test_a_finished_run_has_nothing_left_to_do(world, programs, whole, tmp_path):
+def test_a_finished_run_has_nothing_left_to_do(world, whole, tmp_path):
     workdir, expected, lines, _ = whole
     shutil.copytree(workdir, tmp_path / "copy")
     state, after, batches = run(tiny.unifluid(world, mesh=MESH), tmp_path / "copy")
@@ -475,7 +477,7 @@ def on_batch(monkeypatch, number, action):
     monkeypatch.setattr(sharding, "shard_batch", spy)
 
 
-def test_sigterm_saves_and_asks_to_be_started_again(world, programs, whole, tmp_path):
+def test_sigterm_saves_and_asks_to_be_started_again(world, whole, tmp_path):
     config = tiny.unifluid(world, mesh=MESH)
 
     def terminate(batch):
@@ -508,7 +510,7 @@ def spoil(batch):
     return spoiled
 
 
-def test_a_step_that_is_not_finite_is_passed_over_or_ends_the_run(world, programs, tmp_path):
+def test_a_step_that_is_not_finite_is_passed_over_or_ends_the_run(world, tmp_path):
     borne = tiny.unifluid(world, mesh=MESH, **{"train.max_skipped": 1})
     with pytest.MonkeyPatch.context() as patch:
         on_batch(patch, 6, spoil)
@@ -535,7 +537,7 @@ def test_a_step_that_is_not_finite_is_passed_over_or_ends_the_run(world, program
         replay.replay(config, workdir, 5)
 
 
-def test_a_score_that_a_killed_run_owes_is_made_up_for(world, programs, tmp_path):
+def test_a_score_that_a_killed_run_owes_is_made_up_for(world, tmp_path):
     common = {"train.checkpoint_every": 3, "train.steps": 4}
     watched = {"seen": tiny.score("reconstruction", every=2)}
     config = tiny.tokenizer(world, evals=watched, **common)
@@ -557,7 +559,7 @@ def test_a_score_that_a_killed_run_owes_is_made_up_for(world, programs, tmp_path
     assert text.count("seen/psnr") == 2, "nothing is owed any more"
 
 
-def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, programs, tmp_path):
+def test_an_interrupted_tokenizer_goes_on_bit_for_bit(world, tmp_path):
     common = {"train.checkpoint_every": 2, "train.log_every": 2, "train.steps": 4}
     config = tiny.tokenizer(world, **common)
     watched = tiny.tokenizer(world, evals={"seen": tiny.score("reconstruction", every=2)}, **common)

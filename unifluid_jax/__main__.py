@@ -20,6 +20,7 @@ COMMANDS = {
 }
 # `unifluid benchmark NAME` = `python -m benchmarks.NAME`.
 BENCHMARKS = {
+    "against_torch": "a training step of ours beside one of PyTorch, on the CPU",
     "curves": "the losses of a run over its steps, as a plot",
     "first_picture": "the time from start to picture, and what the interface adds",
     "plan": "a step as the TPU compiler sees it, beside MaxText's",

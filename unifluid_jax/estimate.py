@@ -12,7 +12,7 @@ import jax
 
 from unifluid_jax import flops, lora, sharding
 from unifluid_jax.models.functional import KEPT
-from unifluid_jax.parts import Blueprint
+from unifluid_jax.parts import Blueprint, Parts
 from unifluid_jax.topology import Chip
 
 
@@ -89,10 +89,11 @@ def _kept(plan: Blueprint, mesh: Any) -> float:
     return float(width * c.depth * length * jax.numpy.dtype(c.dtype).itemsize)
 
 
-def parts(plan: Blueprint, params: Any) -> dict[str, flops.Part]:
+def parts(plan: Blueprint | Parts, params: Any) -> dict[str, flops.Part]:
     """Model FLOPs of one row by part.
 
     Args:
+        plan: the model.
         params: those that are trained, abstract. A part with adapters counts as trained: their
             gradient passes through one of the matrix's own size (see `lora`).
     """

@@ -5,10 +5,11 @@ lambda does not depend on the mixing ratio (the reductions are our choice).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 from unifluid_jax import sharding
 from unifluid_jax.diffusion import DDPM, Flow
@@ -172,6 +173,30 @@ def _chunks(hidden_BKD, table_VD, target_BK, weight_BK, *, cap, size, with_gradi
     return loss, hits, d_hidden, d_table
 
 
+class Noise(NamedTuple):
+    """All that is random in the loss of some rows.
+
+    Attributes:
+        latent_BLC: of the samples of the latents' posterior.
+        t_RBN, token_RBNC: time and noise of each of R draws for each of N slots for image tokens.
+    """
+
+    latent_BLC: Float[Array, "B L C"]
+    t_RBN: Real[Array, "R B N"]
+    token_RBNC: Float[Array, "R B N C"]
+
+
+def draw_noise(
+    process: DDPM | Flow, key_B: jax.Array, shape: tuple[int, int], slots: int, draws: int
+) -> Noise:
+    """The noise of rows of this shape [L, C], each from a key of its own."""
+    key_B2 = jax.vmap(jax.random.split)(key_B)
+    time_key_B, token_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B2[:, 1])
+    times = jax.vmap(lambda key: process.times(key, (draws, slots)), out_axes=1)
+    tokens_BRNC = _normal(token_key_B, (draws, slots, shape[1]))
+    return Noise(_normal(key_B2[:, 0], shape), times(time_key_B), jnp.moveaxis(tokens_BRNC, 0, 1))
+
+
 def unified(
     model: UniFluid,
     process: DDPM | Flow,
@@ -184,6 +209,7 @@ def unified(
     text_weight: float,
     draws: int,
     text_chunk: int = 0,
+    latent_noise: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
     """UniFluid's loss of one packed batch.
 
@@ -196,15 +222,16 @@ def unified(
         text_weight: lambda.
         draws: R, pairs of (t, noise) for each image token and pass of the backbone (MAR: 4).
         text_chunk: text targets of a row whose logits are computed at once, 0 for all.
+        latent_noise: how much of the image tokenizer's posterior deviation its samples have: 1
+            samples the posterior (MAR), 0 takes its mean.
 
     Returns:
         The loss, and scalars, all of which add up over the parts of a batch: `loss`, `loss_text`
         (nats a token), `loss_visual` (squared error per dim), `accuracy_text` (share of supervised
         tokens predicted right), `text_targets`, `image_targets` (their numbers).
     """
-    key_B2 = jax.vmap(jax.random.split)(key_B)
-    noise_BLC = _normal(key_B2[:, 0], batch["latent_mean"].shape[1:])
-    latents_BLC = batch["latent_mean"] + batch["latent_std"] * noise_BLC
+    noise = draw_noise(process, key_B, batch["latent_mean"].shape[1:], image_slots, draws)
+    latents_BLC = batch["latent_mean"] + latent_noise * batch["latent_std"] * noise.latent_BLC
     hidden_BLD = model.hidden(batch, latents_BLC)
 
     index_BK, weight_BK = slots(batch["text_weight"], text_slots)
@@ -222,17 +249,12 @@ def unified(
     position_BN = jnp.take_along_axis(batch["target_position"], index_BN, axis=1)
     z_BND = model.condition(_at(hidden_BLD, index_BN), position_BN)
     x_BNC = _at(latents_BLC, index_BN)
-    time_key_B, noise_key_B = jax.vmap(jax.random.split, out_axes=1)(key_B2[:, 1])
-    t_RBN = jax.vmap(lambda key: process.times(key, (draws, x_BNC.shape[1])), out_axes=1)(
-        time_key_B
-    )
-    noise_RBNC = jnp.moveaxis(_normal(noise_key_B, (draws, *x_BNC.shape[1:])), 0, 1)
     with jax.named_scope("head"):
         loss_RBN = process.loss_at(
             lambda x, t: model.head(x, t, z_BND),
-            jnp.broadcast_to(x_BNC[None], noise_RBNC.shape),
-            t_RBN,
-            noise_RBNC,
+            jnp.broadcast_to(x_BNC[None], noise.token_RBNC.shape),
+            noise.t_RBN,
+            noise.token_RBNC,
         )
     loss_visual = (loss_RBN.mean(axis=0) * weight_BN).sum() / total["image"]
 

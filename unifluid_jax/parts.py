@@ -30,6 +30,7 @@ class Parts:
 
     Attributes:
         config: what it was made of.
+        sizes: of all parts of the network.
         model: the functional face of the network.
         trained: what is trained and in checkpoints: the model, with adapters beside its parameters
             if there is a group `config.lora`.
@@ -39,6 +40,7 @@ class Parts:
     """
 
     config: ConfigDict
+    sizes: UniFluidConfig
     model: Functional
     trained: Functional | Adapted
     sequencer: Sequencer
@@ -74,7 +76,7 @@ def assemble(config: ConfigDict) -> Parts:
     sequencer = make_sequencer(config, images)
     sizes, process = _model_config(config, sequencer.text.vocab_size, images.config)
     model, trained = _networks(config, sizes)
-    return Parts(config, model, trained, sequencer, images, process)
+    return Parts(config, sizes, model, trained, sequencer, images, process)
 
 
 _VAE = "config.image_tokenizer.vae"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from unifluid_jax import config as configs
-from unifluid_jax import image_tokenizer, losses
+from unifluid_jax import estimate, image_tokenizer, losses
 from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.image_tokenizer import ImageTokenizer
@@ -46,6 +46,9 @@ class Task(Protocol):
 
     def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         """What a batch holds, by kind: for speeds."""
+
+    def model_flops(self, params: Params) -> float | None:
+        """Model FLOPs of a step (flops.py) that trains these parameters; None where unknown."""
 
     def totals(self, batch: Batch) -> Any:
         """What a batch's losses are divided by, before it is cut for gradient accumulation."""
@@ -97,6 +100,10 @@ class UniFluidTask:
             "images_drawn": jnp.count_nonzero(batch["image_weight"]) // layout.image_tokens,
         }
 
+    def model_flops(self, params: Params) -> float | None:
+        by_part = estimate.parts(self._parts, params)
+        return self._config.input.batch_size * sum(part.step for part in by_part.values())
+
     def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
         return losses.totals(batch)
 
@@ -135,6 +142,9 @@ class TokenizerTask:
 
     def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         return {"examples": len(batch["images"])}
+
+    def model_flops(self, params: Params) -> float | None:
+        return None
 
     def totals(self, batch: Batch) -> float:
         return float(batch["images"].size)
@@ -179,6 +189,9 @@ class SiglipTask:
 
     def count(self, batch: Batch) -> dict[str, jax.Array | int]:
         return {"examples": len(batch["images"])}
+
+    def model_flops(self, params: Params) -> float | None:
+        return None
 
     def totals(self, batch: Batch) -> float:
         return float(len(batch["images"]))

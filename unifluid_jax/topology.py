@@ -34,6 +34,15 @@ class Chip:
     dcn: float = 6.25e9
 
 
+# By JAX's `device_kind`; peaks of GPUs are those of dense bfloat16 products.
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+}
+_GPUS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
 _GIB = 2**30
 CHIPS = {
     "v5e": Chip(197e12, 1.5e9, 15.75 * _GIB, 180e9),
@@ -54,6 +63,13 @@ _ENVIRONMENT = {
 # A gathered weight and its gradient are one collective each. Left to itself, the compiler splits
 # the product beside it into as many steps as there are shards, at half the speed.
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
+def peak(kind: str) -> float | None:
+    """Peak of bfloat16 matrix products per second of a device of this kind; None if not known."""
+    if kind in _KINDS:
+        return CHIPS[_KINDS[kind]].flops
+    return next((flops for name, flops in _GPUS.items() if name in kind), None)
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:

@@ -160,6 +160,8 @@ def train(
             del given
         resume.claim(workdir, config)
         meter = metrics.Meter(watching.enter, productive, metrics.log_start(workdir, first))
+        work = task.model_flops(abstract["params"])
+        peak = topology.peak(mesh.devices.flat[0].device_kind)
         guard = nonfinite.Guard(workdir, c.max_skipped, rows)
         profiler = observe.Profiler(workdir / "profile", profile)
 
@@ -193,7 +195,11 @@ def train(
                 out = jax.device_get(out)
                 profiler.done(step)
                 counts = {name: int(n) for name, n in out["counts"].items()}
+                if work:
+                    counts["model_flops"] = work
                 scalars, speeds = out["scalars"], meter.read(counts)
+                if peak and "model_flops/s" in speeds:
+                    speeds["mfu"] = speeds["model_flops/s"] / (peak * mesh.size)
                 losses = {name: x for name, x in scalars.items() if name.startswith("loss")}
                 progress.update(step, losses, speeds)
                 if step % c.log_every == 0 or step == c.steps:

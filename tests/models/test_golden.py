@@ -14,9 +14,6 @@ import pytest
 from flax import nnx
 
 from unifluid_jax import diffusion, image_tokenizer, interop, samplers
-from unifluid_jax.interop import files, transfer
-from unifluid_jax.interop.rules import Rule, Table
-from unifluid_jax.interop.tensors import Memory
 from unifluid_jax.models import siglip, vae
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
@@ -224,42 +221,14 @@ def test_autoencoder_equals_its_reference(file, config):
     assert mean.shape[1] == config.image_tokens
 
 
-def linear(ours, theirs):
-    name = f"diffloss.net.{theirs}"
-    return Rule(f"{ours}/kernel", f"{name}.weight", "O I -> I O"), Rule(
-        f"{ours}/bias", f"{name}.bias"
-    )
-
-
-_BLOCK = "diffloss.net.res_blocks.{layer}."
-MAR_HEAD = Table(
-    "MAR's diffusion head",
-    (
-        *linear("token_in", "input_proj"),
-        *linear("cond_in", "cond_embed"),
-        *linear("time_in", "time_embed.mlp.0"),
-        *linear("time_out", "time_embed.mlp.2"),
-        Rule("blocks/norm/scale", _BLOCK + "in_ln.weight"),
-        Rule("blocks/norm/bias", _BLOCK + "in_ln.bias"),
-        *linear("blocks/mlp_in", "res_blocks.{layer}.mlp.0"),
-        *linear("blocks/mlp_out", "res_blocks.{layer}.mlp.2"),
-        *linear("blocks/modulation", "res_blocks.{layer}.adaLN_modulation.1"),
-        *linear("final_modulation", "final_layer.adaLN_modulation.1"),
-        *linear("final_out", "final_layer.linear"),
-    ),
-)
 HEAD = HeadConfig(token_dim=6, cond_dim=10, width=32, depth=2, out_dim=12)
 
 
 @pytest.fixture(scope="module")
 def head():
     functional = Functional(lambda rngs: DiffusionHead(HEAD, rngs=rngs))
-    leaves = interop.leaves_of(abstract(functional))
-    memory = Memory.empty(leaves)
-    source = files.open_source(GOLDEN / "mar_head" / "model.safetensors")
-    transfer.bring_in(transfer.fit((MAR_HEAD,), source, leaves), memory)
-    structure = jax.tree.structure(abstract(functional))
-    return functional.bind(jax.tree.unflatten(structure, list(memory.arrays.values())))
+    path = GOLDEN / "mar_head" / "model.safetensors"
+    return functional.bind(interop.read_part("head", path, abstract(functional)))
 
 
 @pytest.mark.parametrize("vlb_weight", [0.0, 1.0])

@@ -2,9 +2,9 @@
 
 One file per format holds its name table as data (`rules.py` says how to read one): hf_gemma,
 gemma_package, hf_siglip, big_vision_siglip, hf_paligemma, big_vision_paligemma, diffusers_vae,
-ldm_vae, unifluid. `files.py` finds out what a path holds; safetensors, npz, torch_zip and orbax
-read and write by parts; `transfer.py` compares and copies. `read_part` is all of it in memory, for
-parts that are small:
+ldm_vae, mar_head, unifluid. `files.py` finds out what a path holds; safetensors, npz, torch_zip and
+orbax read and write by parts; `transfer.py` compares and copies. `read_part` does all of it in
+memory, for parts that are small:
 
     params = interop.read_part("gemma", "tests/golden/gemma2", abstract)
 """
@@ -26,6 +26,7 @@ from unifluid_jax.interop import (
     hf_paligemma,
     hf_siglip,
     ldm_vae,
+    mar_head,
     transfer,
 )
 from unifluid_jax.interop.rules import Leaf, Table
@@ -37,6 +38,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "siglip": hf_siglip.TABLES + big_vision_siglip.TABLES,
     "paligemma": hf_paligemma.TABLES + big_vision_paligemma.TABLES,
     "vae": diffusers_vae.TABLES + ldm_vae.TABLES,
+    "head": mar_head.TABLES,
 }
 
 
