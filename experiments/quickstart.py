@@ -25,7 +25,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=3000, order="random", process="flow", queries=False, debug=False)
+    arg = parse_arg(arg, steps=3400, order="random", process="flow", queries=False, debug=False)
     width = 32 if arg.debug else 128
     config = ConfigDict()
     config.task = "unifluid"
@@ -105,10 +105,10 @@ def get_config(arg: str = "") -> ConfigDict:
                 {"dataset": dataset, "split": "train", "task": task, "weight": weight}
                 for dataset, task, weight in (
                     # Reading comes cheaply with a pretrained tower; drawing begins at nothing.
-                    ("easy_vqa", "caption", 0.05),
-                    ("easy_vqa", "vqa", 0.95),
-                    ("easy_vqa", "generate", 3.8),
-                    ("easy_vqa", "edit", 0.8),
+                    ("easy_vqa", "caption", 0.2),
+                    ("easy_vqa", "vqa", 0.8),
+                    ("easy_vqa", "generate", 3.9),
+                    ("easy_vqa", "edit", 0.6),
                     ("openmoji", "caption", 0.1),
                     ("openmoji", "vqa", 0.05),
                     ("openmoji", "generate", 0.6),
@@ -168,7 +168,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "seed": 0,
             # Measured on the flow head: less noise makes firmer shapes, much less blank pictures.
             "guidance": 2.5,
-            "temperature": 0.75,
+            "temperature": 0.5,
             "order": arg.order,
             "schedule": "constant",
             "sampler": {"name": "ddpm", "steps": 50, "clip": 4.0}

@@ -2,11 +2,11 @@
 
     python tests/faults.py --faults=100 --seed=0
 
-A run is started again after every fault, each time with one process or two. Faults, at random
-moments: SIGKILL, SIGTERM, SIGKILL while a checkpoint is being written, SIGKILL and then a file of
-the last checkpoint cut short or with a flipped bit, SIGKILL of one of two processes. At the end,
-parameters, average, moments, every logged number and the examples of every step must be, bit for
-bit, those of the run that nothing happened to.
+A run is started again after every fault, each time with one, two or four processes. Faults, at
+random moments: SIGKILL, SIGTERM, SIGKILL while a checkpoint is being written, SIGKILL and then a
+file of the last checkpoint cut short or with a flipped bit, SIGKILL of one of several processes. At
+the end, parameters, average, moments, every logged number and the examples of every step must be,
+bit for bit, those of the run that nothing happened to.
 
 The program is `unifluid train` with its real input; only the model is a smaller one, for most of a
 start is tracing and compiling. Processes are forked from this one, which has imported everything
@@ -51,9 +51,9 @@ import tiny  # noqa: E402
 from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees  # noqa: E402
 from unifluid_jax import config as configs  # noqa: E402
 
-KINDS = ("kill", "kill at once", "term", "kill while saving", "truncate", "flip", "kill one of two")
+KINDS = ("kill", "kill at once", "term", "kill while saving", "truncate", "flip", "kill one")
 STEPS = 60
-DEVICES = 2
+DEVICES = 8
 PATIENCE = 400  # seconds; what takes longer hangs
 
 
@@ -280,7 +280,7 @@ def disturb(kind, pids, workdir, rng):
             ready = now >= before + wanted
         if ready:
             time.sleep(delay if kind != "kill while saving" else delay / 5)
-            victims = [rng.choice(pids)] if kind in ("kill one of two", "term") else pids
+            victims = [rng.choice(pids)] if kind in ("kill one", "term") else pids
             for pid in victims:
                 os.kill(pid, signal.SIGTERM if kind == "term" else signal.SIGKILL)
             return victims
@@ -334,7 +334,7 @@ def main():
         while True:
             begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             kind = rng.choice(KINDS) if count.total() < given.faults else None
-            processes = 2 if kind == "kill one of two" else rng.choice((1, 1, 1, 2))
+            processes = rng.choice((2, 2, 4) if kind == "kill one" else (1, 1, 1, 2, 4))
             pids = launch(folder, workdir, processes)
             victims = disturb(kind, pids, workdir, rng) if kind else []
             codes = [wait(pid) for pid in pids]
