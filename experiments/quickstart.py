@@ -12,7 +12,7 @@ tokenizer come pretrained (ours by experiments/siglip_small.py and experiments/t
 on the same training splits); unlike there, the decoder does not: it learns its text from nothing.
 What else differs, and why, is said at each field.
 
-Expected: 14 minutes on two cores; the README has the scores.
+Expected: 17 minutes on two cores; the README has the scores.
 
 Arguments: `steps`, `order` ("random" or "raster"), `process` ("flow" or "ddpm"; the second is MAR's
 and takes about twice the steps to make tokens agree with each other), `queries` (a model that can
