@@ -78,7 +78,14 @@ def pretrain(
 
     # MAR's process and its four draws for each token; the paper's weight of the text.
     config.diffusion = ConfigDict({"process": "ddpm", "learned_variance": False})
-    config.loss = ConfigDict({"text_weight": 0.005, "draws": 4, "text_chunk": 0 if debug else 16})
+    config.loss = ConfigDict(
+        {
+            "text_weight": 0.005,
+            "draws": 4,
+            "text_chunk": 0 if debug else 16,
+            "latent_noise": 1.0,
+        }
+    )
 
     dataset = "easy_vqa" if debug else "pairs"
     config.input = ConfigDict(

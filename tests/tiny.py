@@ -164,7 +164,7 @@ def unifluid(folder, **changes):
         "queries": False,
     }
     config.diffusion = {"process": "ddpm", "learned_variance": False}
-    config.loss = {"text_weight": 0.2, "draws": 2, "text_chunk": 0}
+    config.loss = {"text_weight": 0.2, "draws": 2, "text_chunk": 0, "latent_noise": 1.0}
     config.input = {
         "batch_size": 8,
         "seq_len": 48,
