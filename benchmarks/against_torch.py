@@ -219,7 +219,7 @@ class Theirs:
         except OSError as error:
             raise UserError(
                 f"no Python with PyTorch at {python} ({error.strerror}): make one as"
-                " benchmarks/torch.py says, or name one by --python"
+                " benchmarks/against_torch.py says, or name one by --python"
             ) from error
 
     def __call__(self, *words: Any) -> dict[str, Any]:

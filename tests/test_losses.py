@@ -130,6 +130,12 @@ def test_the_loss_is_that_of_plain_loops(text_weight, draws):
     assert scalars["loss_text"] > 0 and scalars["loss_visual"] > 0
 
 
+def test_without_latent_noise_samples_are_the_posteriors_means():
+    batch = make_batch()
+    certain = {**batch, "latent_std": np.zeros_like(batch["latent_std"])}
+    assert unified(batch, latent_noise=0.0)[0] == unified(certain)[0] != unified(batch)[0]
+
+
 def test_accuracy_is_the_share_of_likeliest_tokens():
     batch = make_batch()
     batch["latent_mean"] *= 0
