@@ -65,7 +65,13 @@ HIDDEN = jnp.asarray(RNG.normal(size=(B, L, D)).astype(np.float32))
 KEYS = jax.random.split(jax.random.key(1), B)
 
 
-OPTIONS = {"text_slots": 3, "image_slots": 5, "text_weight": 0.3, "draws": 2}
+OPTIONS = {
+    "text_slots": 3,
+    "image_slots": 5,
+    "text_weight": 0.3,
+    "draws": 2,
+    "latent_noise": 1.0,
+}
 
 
 @functools.partial(jax.jit, static_argnames=OPTIONS)
