@@ -12,7 +12,6 @@ the turns.
 """
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import rich.table
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import cores
 from unifluid_jax import cli, interop, losses, sharding
 from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
@@ -41,7 +41,7 @@ _PYTHON = flags.DEFINE_string("python", ".venv-torch/bin/python", "A Python that
 _TURNS = flags.DEFINE_integer("turns", 9, "Turns of each side.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of a turn.")
 
-ROWS, TEXT = 32, 15
+ROWS, TEXT, IMAGE = 32, 15, 16
 
 
 def config_of() -> ConfigDict:
@@ -53,8 +53,8 @@ def config_of() -> ConfigDict:
     config.input.batch_size = ROWS
     config.input.max_images = 0
     config.input.max_text_targets = TEXT - 1
-    config.input.max_image_targets = 16
-    config.input.seq_len = TEXT + 16
+    config.input.max_image_targets = IMAGE
+    config.input.seq_len = TEXT + IMAGE
     config.optim.rules = (("vision/.*", {"freeze": True}), (".*", {}))
     config.optim.lr = 1e-3
     config.optim.decay = "none"
@@ -64,10 +64,9 @@ def config_of() -> ConfigDict:
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     theirs, parts = Theirs(_PYTHON.value), assemble(config_of())
     with tempfile.TemporaryDirectory() as folder, theirs:
-        (Path(folder) / "sizes.json").write_text(json.dumps(sizes_of(parts, cores)))
+        (Path(folder) / "sizes.json").write_text(json.dumps(sizes_of(parts, cores())))
         version = theirs("make", folder)["torch"]
         ours = Ours(parts, Path(folder))
         np.savez(Path(folder) / "batch.npz", **ours.numbers())
@@ -93,8 +92,9 @@ def main(argv: list[str]) -> None:
         f" {ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
     console.print(
-        f"{cores} CPU cores, jax {jax.__version__}, torch {version}, Python"
-        f" {platform.python_version()}; {ROWS} rows of {TEXT} text and 16 image tokens, 4 draws"
+        f"{cores()} CPU cores, jax {jax.__version__}, torch {version}, Python"
+        f" {platform.python_version()}; {ROWS} rows of {TEXT} text and {IMAGE} image tokens,"
+        " 4 draws"
     )
     apart = max(abs(a - b) / abs(b) for pair in pairs for a, b in zip(*pair, strict=True))
     if apart > 1e-4:

@@ -22,6 +22,7 @@ import rich.table
 from absl import flags
 
 import unifluid_jax
+from benchmarks import cores
 from unifluid_jax import cli, decode_image
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run, exported folder or name.", required=True)
@@ -59,10 +60,9 @@ def main(argv: list[str]) -> None:
         share = (whole - programs) / whole
         table.add_row(str(batch), f"{whole:.3f} s", f"{programs:.3f} s", f"{share:.1%}")
     console.print(table)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = jax.devices()[0]
     console.print(
-        f"{jax.device_count()} x {device.device_kind}, {cores} cores, jax {jax.__version__},"
+        f"{jax.device_count()} x {device.device_kind}, {cores()} cores, jax {jax.__version__},"
         f" Python {platform.python_version()}; {model.config.sampling.sampler.to_dict()}"
     )
 

@@ -20,7 +20,6 @@ model's own vision tower: it compares settings of one model, and is not the FID.
 import dataclasses
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8
 
 import unifluid_jax
+from benchmarks import cores
 from unifluid_jax import cli, decode_image, evals, sequence
 from unifluid_jax.decode_image import ImageSampling, Stage, sampling_from
 from unifluid_jax.diffusion import DDPM
@@ -358,7 +358,7 @@ def main(argv: list[str]) -> None:
         "guidance": model.config.sampling.guidance,
         "temperature": model.config.sampling.temperature,
         "seed": _SEED.value,
-        "device": f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} CPU cores",
+        "device": f"{jax.devices()[0].device_kind}, {cores()} CPU cores",
         "jax": jax.__version__,
     }
     out = Path(_OUT.value)
