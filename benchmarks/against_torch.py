@@ -156,7 +156,7 @@ class Ours:
         start = jax.jit(lambda key, given: init(config, task, optimizer, key, given))
         self._state = start(jax.random.key(config.seed), params)
         self._step = jax.jit(
-            lambda state, batch: train_step(config, task, optimizer, state, batch),
+            lambda state, batch: train_step(config, task, optimizer, state, batch, {}),
             donate_argnums=0,
         )
         self._placed = jax.device_put(self._batch)

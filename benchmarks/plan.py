@@ -87,7 +87,7 @@ def text_step(case: Case, devices: list[Any], **sizes: Any) -> tuple[Any, Any]:
                 "end_scale": 0.0,
             },
             **{"b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip": 1.0, "weight_decay": 0.1},
-            **{"mu_dtype": "float32", "rules": ((".*", {}),)},
+            **{"mu_dtype": "float32", "nu_dtype": "float32", "rules": ((".*", {}),)},
         }
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -56,6 +56,7 @@ def start(base: str, rank: int, steps: int, debug: bool) -> ConfigDict:
             "clip": 1.0,
             "weight_decay": 0.0,
             "mu_dtype": "float32",
+            "nu_dtype": "float32",
             # What no rule before ".*" names stays frozen: put (r"head/.*", {}) in front of it to
             # train the diffusion head in full beside the adapters.
             "rules": ((r"lora/.*", {}), (r".*", {"freeze": True})),

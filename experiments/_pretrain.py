@@ -95,6 +95,9 @@ def pretrain(
             "max_images": 4 if debug else 1,
             "max_text_targets": 24 if debug else 64,
             "max_image_targets": 48 if debug else 256,
+            # 0: latents come from a cache. Else the step encodes so many pictures of a row: 1, or 2
+            # with edits.
+            "max_encoded_images": 0,
             "max_prompt_tokens": 20 if debug else 126,
             "order": "random",
             "text_drop": 0.1,
@@ -123,6 +126,7 @@ def pretrain(
             "clip": 1.0,
             "weight_decay": 0.02,
             "mu_dtype": "float32",
+            "nu_dtype": "float32",
             "rules": (
                 (r"vision/.*", {"freeze": True}),
                 (r"head/.*|.*(scale|bias|norm|_embed|embedding)", {"decay": 0.0}),

@@ -92,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_images": 1,
             "max_text_targets": 24,
             "max_image_targets": 64,
+            "max_encoded_images": 0,  # of a row, by the step itself: latents are cached
             "max_prompt_tokens": 20,
             "order": arg.order,
             "text_drop": 0.1,
@@ -130,6 +131,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "clip": 1.0,
             "weight_decay": 0.02,
             "mu_dtype": "float32",
+            "nu_dtype": "float32",
             # Muon makes several times as much of few steps as Adam does.
             "rules": (
                 (r"vision/.*", {"freeze": not arg.debug}),

@@ -76,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "clip": 1.0,
             "weight_decay": 0.02,
             "mu_dtype": "float32",
+            "nu_dtype": "float32",
             "rules": (
                 (r"(vision|text)/blocks/attention_out/kernel", {"muon": (1, 2)}),
                 (

@@ -69,6 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "clip": 1.0,
             "weight_decay": 0.0,
             "mu_dtype": "float32",
+            "nu_dtype": "float32",
             "rules": ((".*", {}),),
         }
     )

@@ -121,7 +121,7 @@ def test_published_sizes():
 def test_a_step_is_three_passes_of_what_is_trained():
     sizes = UniFluidConfig(backbone=GEMMA, vision=SIGLIP, head=HEAD, image_tokens=4)
     row = {"length": 8, "text_targets": 2, "image_targets": 4, "draws": 3, "pictures": 1}
-    parts = flops.of_row(sizes, **row, frozen={"vision": True}, vae=VAE, targets=2)
+    parts = flops.of_row(sizes, **row, frozen={"vision": True}, vae=VAE, encoded=2)
     assert parts["backbone"].step == 3 * flops.backbone(GEMMA, 8)
     assert parts["siglip"].step == flops.siglip(SIGLIP, 1)
     assert parts["vae"].step == flops.vae_encoder(VAE, 2)

@@ -22,6 +22,7 @@ def make_config(**fields) -> ConfigDict:
         "clip": 1.0,
         "weight_decay": 0.0,
         "mu_dtype": "float32",
+        "nu_dtype": "float32",
         "rules": ((".*", {}),),
     }
     return ConfigDict({**config, **fields}).lock()
@@ -140,11 +141,23 @@ def test_a_frozen_parameter_is_none_of_the_optimizers_business(params):
     assert not np.array_equal(moved["head"]["w"], params["head"]["w"])
 
 
-def test_the_first_moment_has_the_dtype_asked_for(params):
-    state = jax.eval_shape(optim.make(make_config(mu_dtype="bfloat16"), params, 10).init, params)
+@pytest.mark.parametrize("mu", ["bfloat16", "float32"])
+@pytest.mark.parametrize("nu", ["bfloat16", "float32"])
+def test_moments_have_the_dtypes_asked_for_and_computing_has_not(params, mu, nu):
+    moved, state = run(optim.make(make_config(mu_dtype=mu, nu_dtype=nu), params, 20), params, 20)
     dtypes = {name: leaf.dtype for name, leaf in trees.flatten(state).items() if leaf.ndim}
-    assert {str(d) for n, d in dtypes.items() if "/mu/" in n} == {"bfloat16"}
-    assert {str(d) for n, d in dtypes.items() if "/nu/" in n} == {"float32"}
+    assert {str(d) for n, d in dtypes.items() if "/mu/" in n} == {mu}
+    assert {str(d) for n, d in dtypes.items() if "/nu/" in n} == {nu}
+    wanted, _ = run(optim.make(make_config(), params, 20), params, 20)
+    for name, leaf in trees.flatten(moved).items():
+        change = np.abs(trees.flatten(wanted)[name] - trees.flatten(params)[name]).max()
+        np.testing.assert_allclose(leaf, trees.flatten(wanted)[name], atol=0.03 * change)
+
+
+def test_a_second_moment_that_would_stand_still_is_refused(params):
+    config = make_config(nu_dtype="bfloat16", b2=0.999)
+    with pytest.raises(UserError, match="nu_dtype is bfloat16.*b2=0.999 the second moment.* 0.984"):
+        optim.make(config, params, 10)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,9 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_the_batch_is_that_of_the_pipeline(world):
-    config = tiny.unifluid(world)
+@pytest.mark.parametrize("encoded", [0, 6])
+def test_the_batch_is_that_of_the_pipeline(world, encoded):
+    config = tiny.unifluid(world, **{"input.max_encoded_images": encoded})
     real = next(tasks.make(config).batches())
     planned = planning.describe(config, jax.devices()).batch
     assert {n: (x.shape, x.dtype) for n, x in planned.items()} == {

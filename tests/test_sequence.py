@@ -186,3 +186,22 @@ def test_a_dropped_source_leaves_null_tokens_in_its_place():
     assert (s.modality[:9] == Modality.TEXT).all() and not s.latent_mean[:9].any()
     for name in ("tokens", "modality", "latent_mean", "target_position", "image_weight"):
         np.testing.assert_array_equal(getattr(s, name)[9:], getattr(kept, name)[9:])
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, QUERIED], ids=["shifted", "queried"])
+def test_latents_go_where_a_sequence_keeps_them(layout):
+    """From the moments of all pictures of a row, each position is given what it holds."""
+    images = [latents(100.0 * i) for i in range(4)]
+    order = np.roll(ORDER, 1)
+    parts = [
+        sequence.generation(layout, [10], images[0], ORDER),
+        sequence.understanding(layout, IMAGE, [10], [20]),
+        sequence.editing(layout, None, images[1], [11], images[2], order),
+        sequence.editing(layout, IMAGE, images[3], [11], images[3], ORDER, source_dropped=True),
+    ]
+    names = ("modality", "position", "content_position", "target_position", "latent_mean")
+    *places, mean = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+    index = np.asarray(sequence.latent_index(*(jnp.asarray(place[None]) for place in places), 4))[0]
+    kept = np.concatenate([image.mean for image in images])[np.maximum(index, 0)]
+    np.testing.assert_array_equal(np.where(index[:, None] >= 0, kept, 0), mean)
+    assert sorted(index[index >= 0]) == list(range(16))

@@ -158,7 +158,9 @@ def test_the_tokenizers_loss_adds_up_over_the_parts_of_a_batch(tokenizer):
     keys = jax.random.split(jax.random.key(0), 4)
     total = tokenizer.totals({"images": images})
     # Every part has two rows: one program for all.
-    loss = jax.jit(lambda images, keys: tokenizer.loss(params, {"images": images}, keys, total)[1])
+    loss = jax.jit(
+        lambda images, keys: tokenizer.loss(params, {}, {"images": images}, keys, total)[1]
+    )
     halves = [loss(images[i::2], keys[i::2]) for i in range(2)]
     pairs = [loss(images[i : i + 2], keys[i : i + 2]) for i in (0, 2)]
     for name in ("loss", "mse", "kl"):
@@ -186,7 +188,7 @@ def test_a_siglip_learns_its_batch(siglip):
 
     @jax.jit
     def step(params):
-        losses = lambda params: siglip.loss(params, batch, jax.random.split(KEY, 8), total)  # noqa: E731
+        losses = lambda params: siglip.loss(params, {}, batch, jax.random.split(KEY, 8), total)  # noqa: E731
         (loss, scalars), gradient = jax.value_and_grad(losses, has_aux=True)(params)
         norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
         moved = jax.tree.map(lambda x, g: x - 0.1 * g / norm, params, gradient)

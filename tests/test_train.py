@@ -20,6 +20,7 @@ from unifluid_jax import (
     evals,
     planning,
     replay,
+    sequence,
     sharding,
     tasks,
     topology,
@@ -55,6 +56,8 @@ class Stepper:
         if start is None:
             start = jax.jit(init, out_shardings=self.where)(jax.random.key(config.seed))
         self.start = jax.device_put(jax.device_get(start), self.where)
+        described = train.describe_constants(self.task, self.mesh)
+        self.constants = sharding.put(self.task.constants, described)
         # A fresh head returns zeros and passes nothing back: from here, all parameters matter.
         rng = np.random.default_rng(0)
         params = jax.tree.map(
@@ -64,7 +67,7 @@ class Stepper:
         moved = {**jax.device_get(self.start), "params": params, "ema": params}
         self.moved = jax.device_put(moved, self.where)
         self._step = jax.jit(
-            lambda state, batch: train.train_step(config, self.task, optimizer, state, batch),
+            lambda *arguments: train.train_step(config, self.task, optimizer, *arguments),
             out_shardings=(self.where, sharding.replicated(self.mesh)),
         )
 
@@ -74,7 +77,7 @@ class Stepper:
         states, scalars = [self.moved], []
         for _ in range(steps):
             with jax.set_mesh(self.mesh):
-                state, found = self._step(states[-1], batch)
+                state, found = self._step(states[-1], batch, self.constants)
             states.append(state)
             scalars.append({name: float(x) for name, x in found.items()})
         return states, scalars
@@ -187,6 +190,50 @@ def test_muon_cut_over_devices_and_in_parts_is_the_same(world):
             )
 
 
+ENCODED = {"input.max_encoded_images": 6}
+
+
+def test_a_step_that_encodes_pictures_is_the_step_on_their_latents(world, reference):
+    """Cut over devices and in parts, against latents made on the host beforehand."""
+    changes = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}, "train.accumulate": 2}
+    config = tiny.unifluid(world, **ENCODED, **changes, **{"train.steps": 30})
+    other = Stepper(config, devices=8, start=reference.start)
+    kernel = other.constants["encoder"]["encoder"]["conv_out"]["kernel"]
+    assert kernel.sharding.spec == jax.P(None, None, None, "fsdp")
+    batch = next(other.task.batches())
+    del batch["example_id"]
+    pictures = batch["pictures"]
+    assert pictures.shape[:2] == (8, 6)
+
+    parts = other.task._parts
+    mean, std = parts.images.encode(pictures.reshape(-1, *pictures.shape[2:]))
+    latents = [
+        parts.sequencer.scale.normalised(*moments) for moments in zip(mean, std, strict=True)
+    ]
+    places = ("modality", "position", "content_position", "target_position")
+    index = sequence.latent_index(
+        *(jnp.asarray(batch[name]) for name in places), parts.vae.image_tokens
+    )
+    index = np.asarray(index)
+    with_latents = {name: x for name, x in batch.items() if name != "pictures"}
+    for name in ("mean", "std"):
+        moments = np.stack([getattr(picture, name) for picture in latents])
+        moments = moments.reshape(8, -1, parts.vae.token_dim)
+        moments = np.take_along_axis(moments, np.maximum(index, 0)[:, :, None], axis=1)
+        moments = np.where(index[:, :, None] >= 0, moments, np.float32(0))
+        with_latents[f"latent_{name}"] = moments
+
+    (*_, wanted), scalars = reference(2, with_latents)
+    (*_, state), others = other(2, batch)
+    for a, b in zip(scalars, others, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for name, leaf in trees.flatten(wanted).items():
+        np.testing.assert_allclose(
+            leaf, trees.flatten(state)[name], atol=1e-5, rtol=1e-5, err_msg=name
+        )
+    assert not any("quant_conv" in name for name in trees.flatten(state))
+
+
 @pytest.mark.parametrize("field", ["latent_mean", "image_weight"])
 def test_nothing_of_a_step_that_is_not_finite_stays(reference, field):
     batch = jax.tree.map(np.copy, reference.batch)
@@ -219,7 +266,8 @@ def test_every_step_has_noise_of_its_own(reference):
     for step in (0, 0, 5):
         place = reference.where["step"]
         state = {**reference.moved, "step": jax.device_put(np.int32(step), place)}
-        scalars.append(float(reference._step(state, batch)[1]["loss_visual"]))
+        _, found = reference._step(state, batch, reference.constants)
+        scalars.append(float(found["loss_visual"]))
     assert scalars[0] == scalars[1] != scalars[2]
 
 
@@ -416,7 +464,8 @@ def test_a_run_is_one_step_after_another(whole, reference):
     for batch, line in zip(batches, lines, strict=True):
         assert_same(batch, next(source))
         fields = {name: x for name, x in batch.items() if name != "example_id"}
-        state, scalars = reference._step(state, sharding.shard_batch(fields, reference.mesh))
+        placed = sharding.shard_batch(fields, reference.mesh)
+        state, scalars = reference._step(state, placed, reference.constants)
         found = {name: float(x) for name, x in scalars.items()}
         assert found == pytest.approx({n: x for n, x in line.items() if n != "step"}, rel=1e-4)
     for name, leaf in trees.flatten(state).items():
@@ -434,6 +483,21 @@ def test_a_run_tells_its_model_flops_and_their_share_of_the_peak(world, tmp_path
     work = config.input.batch_size * sum(part.step for part in by_part.values())
     assert last["model_flops/s"] == pytest.approx(work * last["steps/s"])
     assert last["mfu"] == pytest.approx(last["model_flops/s"] / 8e12)
+
+
+def test_a_run_that_encodes_pictures_needs_no_cache_and_goes_on_bit_for_bit(world, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(world, folder)
+    shutil.rmtree(folder / "latents")
+    short = {"train.steps": 4, "train.checkpoint_every": 2}
+    config = tiny.unifluid(folder, mesh=MESH, **ENCODED, **short)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", interrupt=3)
+    state, _, batches = run(config, tmp_path / "cut")
+    expected, _, all_batches = run(config, tmp_path / "whole")
+    assert_same(state, expected)
+    assert len(batches) == 2 and len(all_batches) == 4
+    assert "pictures" in all_batches[0] and "latent_mean" not in all_batches[0]
 
 
 def test_the_state_after_a_run_is_its_last_checkpoint(whole):

@@ -97,6 +97,7 @@ def _shared(folder):
         "clip": 1.0,
         "weight_decay": 0.02,
         "mu_dtype": "float32",
+        "nu_dtype": "float32",
         "rules": ((".*", {}),),
     }
     config.train = {
@@ -171,6 +172,7 @@ def unifluid(folder, **changes):
         "max_images": 4,
         "max_text_targets": 13,
         "max_image_targets": 12,
+        "max_encoded_images": 0,
         "max_prompt_tokens": 12,
         "order": "random",
         "text_drop": 0.1,
@@ -283,7 +285,7 @@ def batch(layout, rows=8, length=48, pictures=4):
     kinds = ("understand", "generate", "edit")
     packed = [[example(kind) for kind in kinds[: 1 + row % 3]] for row in range(rows)]
     result = {"segment": np.zeros((rows, length), np.int32)}
-    for name in vars(packed[0][0]):
+    for name in vars(packed[0][0]).keys() - {"pictures"}:
         shape = (rows, pictures, SIZE, SIZE, 3)
         if name != "images":
             shape = (rows, length, *getattr(packed[0][0], name).shape[1:])
@@ -292,7 +294,8 @@ def batch(layout, rows=8, length=48, pictures=4):
     for row, parts in enumerate(packed):
         at = seen = 0
         for number, part in enumerate(parts, start=1):
-            for name, array in vars(part).items():
+            for name in result.keys() - {"segment"}:
+                array = getattr(part, name)
                 start = seen if name == "images" else at
                 result[name][row, start : start + len(array)] = array if len(array) else 0
             result["segment"][row, at : at + len(part)] = number

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import rich.console
 import rich.progress
 import tensorflow_datasets as tfds
@@ -29,7 +30,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from data import folder as picture_folder
-from unifluid_jax import cli, image_tokenizer
+from unifluid_jax import cli, encoding, image_tokenizer
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.input import latents, pipeline, show
 from unifluid_jax.input.examples import make_sequencer
@@ -210,6 +211,9 @@ def show_batch(config: ConfigDict, console: rich.console.Console) -> None:
     sequencer = make_sequencer(config, tokenizer)
     entries = pipeline.mixture(config)
     batch = next(pipeline.packed_batches(config, sequencer))
+    if sequencer.encode_in_step:
+        made = encoding.with_latents(tokenizer.config, encoding.constants(tokenizer), batch)
+        batch |= jax.device_get(made)
     found = list(show.segments(batch, sequencer.layout))
     shown = [segment for segment in found if segment.row < rows]
     for segment in shown:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from unifluid_jax import flops, lora, sharding
+from unifluid_jax.input.examples import encodes_in_step
 from unifluid_jax.models.functional import KEPT
 from unifluid_jax.parts import Blueprint, Parts
 from unifluid_jax.topology import Chip
@@ -43,12 +44,12 @@ def bytes_of(tree: Any) -> float:
     )
 
 
-def memory(plan: Blueprint, state: Any, batch: Any, mesh: Any) -> Memory:
+def memory(plan: Blueprint, state: Any, batch: Any, constants: Any, mesh: Any) -> Memory:
     """What a step will need.
 
     Args:
         plan: the model.
-        state, batch: abstract, with shardings.
+        state, batch, constants: abstract, with shardings.
         mesh: of these.
     """
     config, backbone = plan.config, plan.sizes.backbone
@@ -58,7 +59,7 @@ def memory(plan: Blueprint, state: Any, batch: Any, mesh: Any) -> Memory:
     chunk = config.loss.get("text_chunk") or config.input.max_text_targets
     pieces = mesh.shape["fsdp"] * mesh.shape["tensor"]
     return Memory(
-        parameters=bytes_of((state["params"], state["frozen"])),
+        parameters=bytes_of((state["params"], state["frozen"], constants)),
         ema=bytes_of(state["ema"]),
         optimizer=bytes_of(state["opt_state"]),
         batch=bytes_of(batch),
@@ -99,7 +100,6 @@ def parts(plan: Blueprint | Parts, params: Any) -> dict[str, flops.Part]:
     """
     config = plan.config
     trained = {*params, *params.get(lora.BRANCH, {})}
-
     return flops.of_row(
         plan.sizes,
         length=config.input.seq_len,
@@ -108,6 +108,8 @@ def parts(plan: Blueprint | Parts, params: Any) -> dict[str, flops.Part]:
         draws=config.loss.draws,
         pictures=config.input.max_images,
         frozen={part: part not in trained for part in ("backbone", "vision", "head")},
+        vae=plan.vae if encodes_in_step(config.input) else None,
+        encoded=config.input.get("max_encoded_images", 0),
     )
 
 

@@ -108,7 +108,7 @@ def of_row(
     pictures: int,
     frozen: Mapping[str, bool],
     vae: VaeConfig | None = None,
-    targets: int = 0,
+    encoded: int = 0,
 ) -> dict[str, Part]:
     """The parts of the model on one packed row of a batch.
 
@@ -118,7 +118,7 @@ def of_row(
         draws: of noise for each image token.
         pictures: that the vision tower reads.
         frozen: of "backbone", "vision", "head": whether it is.
-        vae: the image tokenizer, when it encodes `targets` pictures inside the step.
+        vae: the image tokenizer, when it encodes so many pictures (`encoded`) inside the step.
     """
     trained = {name: not frozen.get(name, False) for name in ("backbone", "vision", "head")}
     width = config.backbone.width
@@ -135,5 +135,5 @@ def of_row(
         "siglip": Part(siglip(config.vision, pictures), trained["vision"]),
     }
     if vae is not None:
-        parts["vae"] = Part(vae_encoder(vae, targets), trained=False)
+        parts["vae"] = Part(vae_encoder(vae, encoded), trained=False)
     return parts

@@ -148,9 +148,9 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
 
     Args:
         config: what `schedule` reads; `b1`, `b2`, `eps`; `clip`, the largest global norm of the
-            gradients, 0 for no limit; `weight_decay`; `mu_dtype`, the dtype of the first moment;
-            `rules`, (regex, options) pairs over the parameters' paths, first match wins, see
-            `_Rule`.
+            gradients, 0 for no limit; `weight_decay`; `mu_dtype` and `nu_dtype`, the dtypes that
+            Adam's moments (and Muon's one, the first of them) are kept in; `rules`, (regex,
+            options) pairs over the parameters' paths, first match wins, see `_Rule`.
         params: all parameters, abstract or not: those that are frozen too.
         total_steps: steps of the run.
 
@@ -195,13 +195,40 @@ def make(config: ConfigDict, params: Tree, total_steps: int) -> optax.GradientTr
         )
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.masked(
-            optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype), adam
-        ),
+        optax.masked(_scale_by_adam(config), adam),
         by_muon,
         optax.stateless(decay_and_scale),
         optax.scale_by_learning_rate(schedule(config, total_steps)),
     )
+
+
+def _scale_by_adam(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam that keeps its second moment in a dtype of the config; it computes in float32."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+    # Configs stored before there was one know no `nu_dtype`.
+    dtype = jnp.dtype(config.get("nu_dtype", "float32"))
+    # A change of less than half a unit in the last place would be rounded away, step after step.
+    least = jnp.finfo(dtype).eps
+    if 1 - config.b2 < 2 * least:
+        raise UserError(
+            f"config.optim.nu_dtype is {dtype}, which keeps changes of {float(least):g} and more: "
+            f"with config.optim.b2={config.b2} the second moment would stand still; set it to "
+            f"{1 - 2 * float(least):g} or less, or keep the moment in float32"
+        )
+
+    def kept(state: optax.ScaleByAdamState, dtype: Any) -> optax.ScaleByAdamState:
+        return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+    def init(params: Tree) -> optax.ScaleByAdamState:
+        return kept(adam.init(params), dtype)
+
+    def update(
+        updates: Tree, state: optax.ScaleByAdamState, params: Tree | None = None
+    ) -> tuple[Tree, optax.ScaleByAdamState]:
+        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def ema_update(

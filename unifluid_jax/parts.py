@@ -47,6 +47,11 @@ class Parts:
     images: ImageTokenizer
     process: DDPM | Flow
 
+    @property
+    def vae(self) -> VaeConfig:
+        """Sizes of the image tokenizer."""
+        return self.images.config
+
     def merged(self, params: Params) -> Params:
         """Parameters of `model` from those of `trained`, where they lie."""
         if self.trained is self.model:

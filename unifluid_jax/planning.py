@@ -18,12 +18,13 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import estimate, hlo, sharding, tasks, topology
 from unifluid_jax.errors import UserError
+from unifluid_jax.input.examples import encodes_in_step
 from unifluid_jax.parts import Blueprint, blueprint
 from unifluid_jax.step import describe as describe_state
-from unifluid_jax.step import train_step
+from unifluid_jax.step import describe_constants, train_step
 from unifluid_jax.topology import Chip
 
-PARTS = ("siglip", "backbone", "logits", "head", "optimizer")
+PARTS = ("siglip", "vae", "backbone", "logits", "head", "optimizer")
 _GIB = 2**30
 # What an attention kernel is priced at: share of peak, and its backward pass in forward passes.
 _KERNEL_RATE, _KERNEL_BACKWARD = 0.4, 2.5
@@ -38,19 +39,20 @@ class Step:
     Attributes:
         plan: the model, and the config.
         mesh: of the devices to compile for.
-        state, batch: abstract arrays with shardings.
-        function: (state, batch) -> (state, scalars), jitted.
+        state, batch, constants: abstract arrays with shardings.
+        function: (state, batch, constants) -> (state, scalars), jitted.
     """
 
     plan: Blueprint
     mesh: jax.sharding.Mesh
     state: Any
     batch: Any
+    constants: Any
     function: Any
 
     def lower(self) -> Any:
         with jax.set_mesh(self.mesh):
-            return self.function.lower(self.state, self.batch)
+            return self.function.lower(self.state, self.batch, self.constants)
 
 
 def describe(config: ConfigDict, devices: list[Any]) -> Step:
@@ -65,12 +67,12 @@ def describe(config: ConfigDict, devices: list[Any]) -> Step:
     task = tasks.UniFluidTask(config, plan)
     optimizer, state = describe_state(config, task, mesh)
     function = jax.jit(
-        lambda state, batch: train_step(config, task, optimizer, state, batch),
+        lambda *arguments: train_step(config, task, optimizer, *arguments),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     )
     batch = abstract_batch(plan, sharding.batch_sharding(mesh))
-    return Step(plan, mesh, state, batch, function)
+    return Step(plan, mesh, state, batch, describe_constants(task, mesh), function)
 
 
 def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,10 +83,14 @@ def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruc
     whole += ("content_position", "target_position")
     shapes = {name: (row, jnp.int32) for name in whole}
     shapes |= {name: (row, jnp.float32) for name in ("text_weight", "image_weight")}
-    latent = (*row, plan.vae.token_dim)
-    shapes |= {name: (latent, jnp.float32) for name in ("latent_mean", "latent_std")}
     side = plan.sizes.vision.image_size
     shapes["images"] = ((rows, c.max_images, side, side, 3), jnp.uint8)
+    if encodes_in_step(c):
+        side = plan.vae.image_size
+        shapes["pictures"] = ((rows, c.max_encoded_images, side, side, 3), jnp.uint8)
+    else:
+        latent = (*row, plan.vae.token_dim)
+        shapes |= {name: (latent, jnp.float32) for name in ("latent_mean", "latent_std")}
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
         for name, (shape, dtype) in shapes.items()
@@ -104,7 +110,7 @@ def make(config: ConfigDict, name: str) -> Plan:
 def of_step(step: Step, chip: Chip, name: str) -> Plan:
     """The plan of a step, compiled."""
     plan, config, mesh = step.plan, step.plan.config, step.mesh
-    sizes = estimate.memory(plan, step.state, step.batch, mesh)
+    sizes = estimate.memory(plan, step.state, step.batch, step.constants, mesh)
     by_part = estimate.parts(plan, step.state["params"])
     rows = config.input.batch_size
     found: Plan = {
@@ -243,7 +249,7 @@ def would_fit(step: Step, chip: Chip, needed: float) -> list[str]:
     By size: the compiler's figure for this step, less what the estimate says a switch saves.
     """
     config, plan, size = step.plan.config, step.plan, step.mesh.size
-    now = estimate.memory(plan, step.state, step.batch, step.mesh).total
+    now = estimate.memory(plan, step.state, step.batch, step.constants, step.mesh).total
     options: list[dict[str, Any]] = []
     for parts in (2, 4, 8, 16, 32):
         options.append({"train.accumulate": config.train.accumulate * parts})
@@ -254,6 +260,7 @@ def would_fit(step: Step, chip: Chip, needed: float) -> list[str]:
                 {"model.backbone.remat": remat, "train.accumulate": config.train.accumulate * 2}
             )
     options.append({"optim.mu_dtype": "bfloat16"})
+    options.append({"optim.mu_dtype": "bfloat16", "optim.nu_dtype": "bfloat16"})
     fsdp = step.mesh.shape["fsdp"]
     while (fsdp := fsdp * 2) <= size // step.mesh.shape["tensor"]:
         options.append({"mesh.fsdp": fsdp, "mesh.data": -1})
@@ -263,7 +270,9 @@ def would_fit(step: Step, chip: Chip, needed: float) -> list[str]:
             other = describe(changed(config, changes), list(step.mesh.devices.flat))
         except UserError:
             continue
-        then = estimate.memory(other.plan, other.state, other.batch, other.mesh).total
+        then = estimate.memory(
+            other.plan, other.state, other.batch, other.constants, other.mesh
+        ).total
         if needed - now + then <= chip.hbm:
             fitting.append(" ".join(f"--config.{key}={value}" for key, value in changes.items()))
     return fitting
@@ -303,7 +312,7 @@ def search(config: ConfigDict, name: str, tries: int, say: Any) -> Plan:
         for remat, parts in itertools.product(_REMAT, _ACCUMULATE):
             changes = {**mesh, "model.backbone.remat": remat, "train.accumulate": parts}
             plan = blueprint(changed(config, changes))
-            need = estimate.memory(plan, step.state, step.batch, step.mesh).total
+            need = estimate.memory(plan, step.state, step.batch, step.constants, step.mesh).total
             replicas = parts * step.mesh.shape["data"] * step.mesh.shape["fsdp"]
             if need <= 0.9 * chip.hbm and config.input.batch_size % replicas == 0:
                 seconds = estimate.seconds(plan, step.state, chip, step.mesh)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, nonfinite, sharding, tasks, topology, trees
 from unifluid_jax.errors import UserError
-from unifluid_jax.step import describe, row_keys, train_step
+from unifluid_jax.step import describe, describe_constants, row_keys, train_step
 
 
 def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
@@ -31,19 +31,20 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
         raise UserError(f"no checkpoint before step {step} is left in {workdir}")
     task, mesh = tasks.make(config), sharding.make_mesh(config.mesh)
     optimizer, abstract = describe(config, task, mesh)
+    constants = sharding.put(task.constants, describe_constants(task, mesh))
     with checkpoint.Checkpointer(workdir, config.train.keep) as checkpoints:
         restored = checkpoints.restore(abstract, before[-1])
     batches = task.batches()
     batches.set_state(restored.iterator)
     step_fn = jax.jit(
-        lambda state, batch: train_step(config, task, optimizer, state, batch),
+        lambda *arguments: train_step(config, task, optimizer, *arguments),
         donate_argnums=0,
         compiler_options=topology.compiler_options(jax.default_backend()),
     )
     state = restored.state
     for _ in range(restored.step + 1, step):
         with jax.set_mesh(mesh):
-            state, _ = step_fn(state, sharding.shard_batch(next(batches), mesh))
+            state, _ = step_fn(state, sharding.shard_batch(next(batches), mesh), constants)
     drawn = next(batches)
     changed = [name for name in drawn if not np.array_equal(drawn[name], kept.get(name))]
 
@@ -58,7 +59,8 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     @jax.jit
     def gradient(params: Any, frozen: Any) -> Any:
         def loss(params: Any) -> Any:
-            return task.loss(trees.join(params, frozen), batch, key_B, task.totals(batch))
+            whole = trees.join(params, frozen)
+            return task.loss(whole, constants, batch, key_B, task.totals(batch))
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

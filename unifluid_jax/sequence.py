@@ -37,7 +37,8 @@ of an image in training.
 Latents are kept with the position that *predicts* them, so that the input at position l is
 `latent[l - 1]`: one array serves inputs and targets, and a sample of the posterior is drawn once
 for both. With queries the same holds of c_i, whose latent is q_i's. Source latents (editing) and
-given ones (inpainting) are kept where they are fed.
+given ones (inpainting) are kept where they are fed. Where pictures are encoded inside the training
+step, these take the place of latents in a sequence, and `latent_index` says which belong where.
 
 The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with
 c its cumulative sum, position i attends to j when c[j] <= c[i] and both are of one segment. All
@@ -111,7 +112,11 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One example, ready to be packed. All arrays have T rows, except `images`."""
+    """One example, ready to be packed.
+
+    All arrays have T rows, except `images`, those for the vision tower, and `pictures`, those whose
+    latents the training step is to make.
+    """
 
     tokens: Int[np.ndarray, "T"]
     modality: Int[np.ndarray, "T"]
@@ -125,9 +130,15 @@ class Sequence:
     target_position: Int[np.ndarray, "T"]
     image_weight: Float[np.ndarray, "T"]
     images: UInt8[np.ndarray, "n H W 3"]
+    pictures: UInt8[np.ndarray, "m h w 3"]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+# The fields that have an entry per picture, not per position.
+PICTURES = ("images", "pictures")
+_NO_PICTURES = np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def understanding(
@@ -249,7 +260,8 @@ def _span(layout: Layout, length: int, modality: Modality) -> Sequence:
         content_position=np.full(length, -1, np.int32),
         target_position=np.full(length, -1, np.int32),
         image_weight=np.zeros(length, np.float32),
-        images=np.zeros((0, 0, 0, 3), np.uint8),
+        images=_NO_PICTURES,
+        pictures=_NO_PICTURES,
     )
 
 
@@ -340,7 +352,7 @@ def _assemble(
     joined = {
         field.name: np.concatenate([getattr(span, field.name) for span in spans])
         for field in dataclasses.fields(Sequence)
-        if field.name != "images"
+        if field.name not in PICTURES
     }
     starts = np.cumsum([0, *map(len, spans)])
     for span, start in zip(spans, starts, strict=False):
@@ -349,7 +361,8 @@ def _assemble(
         # The first position starts step 1, the rest of the prefix joins it; the suffix goes on
         # causally.
         joined["step"][1 : sum(len(span) for span in prefix)] = 0
-    return Sequence(**joined, images=np.zeros((0, 0, 0, 3), np.uint8) if images is None else images)
+    images = _NO_PICTURES if images is None else images
+    return Sequence(**joined, images=images, pictures=_NO_PICTURES)
 
 
 def attention_mask(
@@ -374,6 +387,45 @@ def attention_mask(
         return mask_BLL
     itself_LL = jnp.eye(step_BL.shape[1], dtype=bool)
     return mask_BLL & ((modality_BL != Modality.QUERY)[:, None, :] | itself_LL[None])
+
+
+def fed_from_behind(
+    modality_BL: Int[Array, "B L"], position_BL: Int[Array, "B L"], target_BL: Int[Array, "B L"]
+) -> Bool[Array, "B L"]:
+    """Whether the latents fed to a position are kept just before it, with what predicted them.
+
+    So it is with targets, and with the content that follows its query. The content stands where the
+    query stands; the first position of the next example does not.
+    """
+    queried_BL = modality_BL[:, :-1] == Modality.QUERY
+    content_BL = queried_BL & (position_BL[:, 1:] == position_BL[:, :-1])
+    return (target_BL >= 0) | jnp.pad(content_BL, ((0, 0), (1, 0)))
+
+
+def latent_index(
+    modality_BL: Int[Array, "B L"],
+    position_BL: Int[Array, "B L"],
+    content_BL: Int[Array, "B L"],
+    target_BL: Int[Array, "B L"],
+    image_tokens: int,
+) -> Int[Array, "B L"]:
+    """The latents that each position keeps, of those of all pictures of its row.
+
+    Args:
+        modality_BL, position_BL, content_BL, target_BL: of packed rows that hold whole images, as
+            in training.
+        image_tokens: N.
+
+    Returns:
+        k N + cell, where k counts the row's `pictures`; -1 where nothing is kept.
+    """
+    behind_BL = fed_from_behind(modality_BL, position_BL, target_BL)
+    fed_here_BL = (modality_BL == Modality.LATENT) & ~behind_BL
+    kept_BL = (target_BL >= 0) | fed_here_BL
+    # All N of a picture are kept before the first of the next one.
+    picture_BL = (jnp.cumsum(kept_BL, axis=1) - 1) // image_tokens
+    cell_BL = jnp.where(fed_here_BL, content_BL, target_BL)
+    return jnp.where(kept_BL, picture_BL * image_tokens + cell_BL, -1)
 
 
 def slots(

@@ -235,6 +235,15 @@ def abstract(tree: Tree, where: Tree) -> Tree:
     )
 
 
+def put(tree: Tree, described: Tree) -> Tree:
+    """Arrays that every process holds whole, placed as these `jax.ShapeDtypeStruct`s say."""
+
+    def place(x: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(to.shape, to.sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(place, tree, described)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,8 +1,9 @@
 """The training step: a pure function (state, batch) -> (state, scalars).
 
 The state is a dict of pytrees: `step`; `params`, the parameters that are trained, their average
-`ema` and their `opt_state`; `frozen`, the parameters that are not. `train` runs the step, `plan`
-compiles it for chips that are not there.
+`ema` and their `opt_state`; `frozen`, the parameters that are not. What else the loss reads, the
+task's `constants`, belongs to no state. `train` runs the step, `plan` compiles it for chips that
+are not there.
 """
 
 from typing import Any
@@ -27,6 +28,13 @@ def describe(
     placed = sharding.shardings(task.model.axes, params, mesh)
     shapes = jax.eval_shape(lambda key: init(config, task, optimizer, key), key)
     return optimizer, sharding.abstract(shapes, sharding.state_shardings(shapes, placed, mesh))
+
+
+def describe_constants(task: tasks.Task, mesh: jax.sharding.Mesh) -> Any:
+    """The task's constants as `jax.ShapeDtypeStruct`s with shardings."""
+    return sharding.abstract(
+        task.constants, sharding.shardings(task.constant_axes, task.constants, mesh)
+    )
 
 
 def init(
@@ -63,11 +71,13 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: State,
     batch: dict[str, jax.Array],
+    constants: Any,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update of parameters, moments and EMA; to be traced.
 
     Args:
         batch: arrays whose first dimension is the rows of the global batch.
+        constants: of the task, as `describe_constants` says.
 
     Returns:
         The next state, and scalars: those of the task's loss, `grad_norm` before clipping, `lr`,
@@ -79,7 +89,7 @@ def train_step(
     total = task.totals(batch)
 
     def loss(params, batch, key_B):
-        return task.loss(trees.join(params, state["frozen"]), batch, key_B, total)
+        return task.loss(trees.join(params, state["frozen"]), constants, batch, key_B, total)
 
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:

@@ -13,12 +13,13 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from unifluid_jax import config as configs
-from unifluid_jax import estimate, image_tokenizer, losses
+from unifluid_jax import encoding, estimate, image_tokenizer, losses
 from unifluid_jax.contrastive import Contrastive
 from unifluid_jax.errors import UserError, nearest
 from unifluid_jax.image_tokenizer import ImageTokenizer
 from unifluid_jax.inference import Model
 from unifluid_jax.input import pipeline
+from unifluid_jax.input.examples import encodes_in_step
 from unifluid_jax.input.tokenizer import TextTokenizer
 from unifluid_jax.lora import Adapted
 from unifluid_jax.models.functional import Functional, Params
@@ -37,9 +38,14 @@ class Task(Protocol):
 
     Attributes:
         model: its `init` and its logical axes.
+        constants: weights that its loss reads beside the model's, neither trained nor saved, often
+            none; abstract where it was made of a blueprint.
+        constant_axes: their logical axes.
     """
 
     model: Functional | Adapted
+    constants: Params
+    constant_axes: Params
 
     def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
         """Some rows of every global batch, by default all; with Grain's get_state and set_state."""
@@ -54,7 +60,7 @@ class Task(Protocol):
         """What a batch's losses are divided by, before it is cut for gradient accumulation."""
 
     def loss(
-        self, params: Params, batch: Batch, key_B: jax.Array, total: Any
+        self, params: Params, constants: Params, batch: Batch, key_B: jax.Array, total: Any
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """The loss of some rows, and scalars; all add up over the parts of a batch."""
 
@@ -83,6 +89,15 @@ class UniFluidTask:
         fixed = ("model", "process", "batch", "key_B", "total", "text_slots", "image_slots")
         configs.check_options(losses.unified, "config.loss", config.loss, fixed)
         self.model = self._parts.trained
+        self.constants, self.constant_axes = {}, {}
+        if encodes_in_step(config.input):
+            vae = self._parts.vae
+            self.constant_axes = encoding.axes(vae)
+            self.constants = (
+                encoding.abstract(vae)
+                if isinstance(self._parts, Blueprint)
+                else encoding.constants(self._parts.images)
+            )
 
     def batches(self, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.packed_batches(self._config, self._parts.sequencer, rows)
@@ -108,8 +123,15 @@ class UniFluidTask:
         return losses.totals(batch)
 
     def loss(
-        self, params: Params, batch: Batch, key_B: jax.Array, total: dict[str, Float[Array, ""]]
+        self,
+        params: Params,
+        constants: Params,
+        batch: Batch,
+        key_B: jax.Array,
+        total: dict[str, Float[Array, ""]],
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+        if constants:
+            batch = encoding.with_latents(self._parts.vae, constants, batch)
         return losses.unified(
             self.model.bind(params),
             self._parts.process,
@@ -127,6 +149,9 @@ class UniFluidTask:
 
 class TokenizerTask:
     """The image tokenizer, on plain pictures."""
+
+    constants: Params = {}
+    constant_axes: Params = {}
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -150,7 +175,7 @@ class TokenizerTask:
         return float(batch["images"].size)
 
     def loss(
-        self, params: Params, batch: Batch, key_B: jax.Array, total: float
+        self, params: Params, constants: Params, batch: Batch, key_B: jax.Array, total: float
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         pixels = image_tokenizer.to_pixels(batch["images"])
         return losses.autoencoder(
@@ -166,6 +191,9 @@ class TokenizerTask:
 
 class SiglipTask:
     """A SigLIP, on pictures with their captions."""
+
+    constants: Params = {}
+    constant_axes: Params = {}
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -197,7 +225,7 @@ class SiglipTask:
         return float(len(batch["images"]))
 
     def loss(
-        self, params: Params, batch: Batch, key_B: jax.Array, total: float
+        self, params: Params, constants: Params, batch: Batch, key_B: jax.Array, total: float
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         pixels = image_tokenizer.to_pixels(batch["images"])
         return losses.contrastive(self.model.bind(params), pixels, batch["tokens"], total)

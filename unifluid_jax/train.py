@@ -47,7 +47,7 @@ from unifluid_jax.evals.base import EvalConfig
 from unifluid_jax.interop import unifluid
 from unifluid_jax.models.functional import Params
 from unifluid_jax.pretrained import find
-from unifluid_jax.step import State, describe, init, train_step
+from unifluid_jax.step import State, describe, describe_constants, init, train_step
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -126,6 +126,7 @@ def train(
     # than its share.
     optimizer, abstract = describe(config, task, mesh)
     where = jax.tree.map(lambda x: x.sharding, abstract)
+    constants = sharding.put(task.constants, describe_constants(task, mesh))
     rows = sharding.local_rows(mesh, config.input.batch_size)
     batches = task.batches(rows)
     distributed.barrier("the first step", wait)
@@ -165,9 +166,11 @@ def train(
         guard = nonfinite.Guard(workdir, c.max_skipped, rows)
         profiler = observe.Profiler(workdir / "profile", profile)
 
-        def observed_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
+        def observed_step(
+            state: State, batch: dict[str, jax.Array], constants: Params
+        ) -> tuple[State, dict]:
             stop = batch.pop("stop")
-            state, scalars = train_step(config, task, optimizer, state, batch)
+            state, scalars = train_step(config, task, optimizer, state, batch, constants)
             return state, {"scalars": scalars, "counts": task.count(batch), "stop": stop.any()}
 
         step_fn = observe.Program(
@@ -229,7 +232,7 @@ def train(
                 # By this mesh the models say where values lie inside the step.
                 with profiler.step(step), jax.set_mesh(mesh):
                     placed = sharding.shard_batch({**batch, "stop": asked}, mesh)
-                    state, out = step_fn(state, placed)
+                    state, out = step_fn(state, placed, constants)
                 # The step just sent off runs while the host reads the metrics of the one before.
                 if pending is not None:
                     stop = report(*pending)

@@ -184,6 +184,7 @@ def world():
                 "max_images": 16,
                 "max_text_targets": 64,
                 "max_image_targets": 64,
+                "max_encoded_images": 0,
                 "max_prompt_tokens": 16,
                 "text_drop": 0.3,
                 "order": "random",

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python import array_record_module
@@ -20,7 +21,7 @@ from unifluid_jax.input.pipeline import (
 )
 from unifluid_jax.input.records import Records
 from unifluid_jax.input.tokenizer import TextTokenizer
-from unifluid_jax.sequence import Modality
+from unifluid_jax.sequence import Modality, latent_index
 
 TASKS = ("caption", "vqa", "generate", "edit")
 SHARES = np.array([1, 2, 2, 1]) / 6  # of the mixture in conftest
@@ -279,6 +280,30 @@ def test_no_row_exceeds_its_slots(toys, world, cap, size):
     assert full  # the cap is what ended rows
 
 
+def test_pictures_in_place_of_latents_are_those_that_the_latents_were_of(toys, world, stand_in):
+    """What the step is to do, done by hand: the same batches as with latents from the cache."""
+    cached, made = world(toys), world(toys, max_encoded_images=32)
+    tokenizer, scale = stand_in(), made.sequencer.scale
+    for batch, wanted in zip(batches(made, 2), batches(cached, 2), strict=True):
+        pictures = batch.pop("pictures")
+        assert pictures.shape == (3, 32, 16, 16, 3) and pictures.dtype == np.uint8
+        places = ("modality", "position", "content_position", "target_position")
+        index = np.asarray(latent_index(*(jnp.asarray(batch[name]) for name in places), 4))
+        counts = index.max(axis=1) // 4 + 1
+        for name, moments in zip(
+            ("latent_mean", "latent_std"),
+            tokenizer.encode(pictures.reshape(-1, 16, 16, 3)),
+            strict=True,
+        ):
+            shift = scale.mean if name == "latent_mean" else 0
+            tokens = ((moments - shift) / scale.std).reshape(3, 32 * 4, 3)
+            placed = np.take_along_axis(tokens, np.maximum(index, 0)[:, :, None], axis=1)
+            batch[name] = np.where(index[:, :, None] >= 0, placed, 0)
+        assert_same([batch], [wanted])
+        for row, count in zip(pictures, counts, strict=True):
+            assert row[:count].any((1, 2, 3)).sum() >= count - 1 > 0 and not row[count:].any()
+
+
 # Bad data.
 
 
@@ -453,6 +478,7 @@ def lacking(name):
         ({"max_images": 0}, "task caption takes up to 1, config.input.max_images is 0"),
         ({"max_text_targets": 16}, "task caption takes up to 17, config.input.max_text_targets"),
         ({"max_image_targets": 3}, "task generate takes up to 4, config.input.max_image_targets"),
+        ({"max_encoded_images": 1}, "task edit takes up to 2, config.input.max_encoded_images"),
     ],
 )
 def test_configs_that_cannot_be_are_refused_before_the_first_batch(toys, world, fields, message):

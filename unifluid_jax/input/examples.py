@@ -102,7 +102,7 @@ def draw(
     scale: LatentScale,
     rng: np.random.Generator,
 ) -> Example:
-    """A random example of a task in a record; latents of what is to be produced, not its pixels.
+    """A random example of a task in a record; with `moments`, latents instead of targets' pixels.
 
     Args:
         moments: raw posterior means and standard deviations of all the record's pictures.
@@ -115,7 +115,7 @@ def draw(
     if not choices:
         raise Unfit(f"nothing for the task {task}")
     choice = int(rng.integers(choices))
-    if task in ("caption", "vqa"):
+    if task in ("caption", "vqa") or moments is None:
         return take(task, record, choice)
 
     def latents(image: int) -> Latents:
@@ -137,6 +137,12 @@ def draw(
     )
 
 
+def encodes_in_step(input_config: ConfigDict) -> bool:
+    """Whether the training step encodes pictures, and no latents are read from a cache."""
+    # Configs stored before there was the choice know no such field.
+    return input_config.get("max_encoded_images", 0) > 0
+
+
 class Sequencer:
     """Lays out examples as token sequences. Holds no device arrays: it goes to worker processes.
 
@@ -146,8 +152,9 @@ class Sequencer:
         scale: of the image tokenizer's latents.
         fingerprint: of the image tokenizer.
         image_size: side of the pictures that the vision tower reads; others are resized.
+        picture_size: side of those that the image tokenizer reads.
         input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `text_drop`,
-            `source_drop`, `edit_vision`, `edit_latents`.
+            `source_drop`, `edit_vision`, `edit_latents`, `max_encoded_images`.
     """
 
     def __init__(
@@ -157,6 +164,7 @@ class Sequencer:
         scale: LatentScale,
         fingerprint: str,
         image_size: int,
+        picture_size: int,
         input_config: ConfigDict,
     ):
         c = input_config
@@ -164,6 +172,8 @@ class Sequencer:
             raise UserError(f'config.input.order is "{c.order}": set it to random or raster')
         self.text, self.layout, self.scale = text, layout, scale
         self.fingerprint, self.image_size = fingerprint, image_size
+        self.picture_size = picture_size
+        self.encode_in_step = encodes_in_step(c)
         self._random_order = c.order == "random"
         self._limit, self._text_drop = c.max_prompt_tokens, c.text_drop
         # Configs stored before there was one know no `source_drop`.
@@ -177,6 +187,8 @@ class Sequencer:
 
     def train(self, example: Example, rng: np.random.Generator) -> Sequence:
         """The supervised sequence of an example: text dropped at random, tokens in a fresh order.
+
+        Where the step encodes pictures, it has those and no latents.
 
         Of edits the share `text_drop` loses its text, and the share `source_drop` text and source:
         what the branches of guidance are given (see `decode_image.py`).
@@ -193,12 +205,20 @@ class Sequencer:
         source_dropped = example.task == "edit" and drawn > 1 - self._source_drop
         if drawn < self._text_drop or source_dropped:
             prompt = sequence.dropped(self.layout, prompt)
-        order = self.order(rng)
+        order, pictures = self.order(rng), []
+        if self.encode_in_step:
+            if example.task == "edit" and self._edit_latents and not source_dropped:
+                pictures.append(resized(example.image, self.picture_size))
+            pictures.append(resized(example.target, self.picture_size))
+            blank = np.zeros((self.layout.image_tokens, self.layout.token_dim), np.float32)
+            unknown = Latents(blank, blank)
+            example = dataclasses.replace(example, source_latents=unknown, target_latents=unknown)
+        target = example.target_latents
         if example.task == "generate":
-            return sequence.generation(self.layout, prompt, example.target_latents, order)
-        return self._edit(
-            example, prompt, example.target_latents, order, source_dropped=source_dropped
-        )
+            laid_out = sequence.generation(self.layout, prompt, target, order)
+        else:
+            laid_out = self._edit(example, prompt, target, order, source_dropped=source_dropped)
+        return dataclasses.replace(laid_out, pictures=np.stack(pictures)) if pictures else laid_out
 
     def prefix(
         self,
@@ -260,11 +280,14 @@ class Sequencer:
             sequence.check_views(self._edit_vision, self._edit_latents)
             length += self._edit_vision * layout.vision_tokens
             length += self._edit_latents * layout.image_tokens
-        return {
+        caps = {
             "seq_len": length,
             "max_images": int(task == "edit" and self._edit_vision),
             "max_image_targets": layout.image_tokens,
         }
+        if self.encode_in_step:
+            caps["max_encoded_images"] = 1 + (task == "edit" and self._edit_latents)
+        return caps
 
     def prefix_length(self, task: str, inpainting: bool = False) -> int:
         """Positions of the longest prefix of a task; with given tokens, of any number of them."""
@@ -332,7 +355,8 @@ def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
         queries=config.model.get("queries", False),
     )
     scale = LatentScale(images.channel_mean, images.channel_std)
-    return Sequencer(text, layout, scale, images.fingerprint, vision.image_size, config.input)
+    sizes = vision.image_size, images.config.image_size
+    return Sequencer(text, layout, scale, images.fingerprint, *sizes, config.input)
 
 
 def _short(text: str) -> str:

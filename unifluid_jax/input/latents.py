@@ -127,7 +127,10 @@ class LatentCache:
     def __init__(self, records: Records, data_dir: str | os.PathLike, fingerprint: str):
         path = folder(records.dataset, data_dir)
         if not (path / _INFO).exists():
-            raise UserError(f"no cached latents of {records.dataset} in {path}: {_AGAIN}")
+            raise UserError(
+                f"no cached latents of {records.dataset} in {path}: {_AGAIN}, or let the step"
+                " encode the pictures (config.input.max_encoded_images)"
+            )
         self._start = records.start
         self._file = str(path / records.base)
         try:

@@ -39,8 +39,12 @@ from unifluid_jax.input.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]
 
-# Fields of a packed batch that have one entry per position.
-FIELDS = tuple(f.name for f in dataclasses.fields(sequence.Sequence) if f.name != "images")
+# Fields of a packed batch that have one entry per position; latents are missing where the step
+# encodes pictures.
+FIELDS = tuple(
+    f.name for f in dataclasses.fields(sequence.Sequence) if f.name not in sequence.PICTURES
+)
+_LATENTS = ("latent_mean", "latent_std")
 # What padding holds: zero, but here.
 _PADDING = {"content_position": -1, "target_position": -1, "example_id": -1}
 # So many elements in a row without one to use: there is none, and the search would not end.
@@ -71,8 +75,9 @@ def packed_batches(
     needed here.
 
     Each batch is a dict: the fields of `sequence.Sequence` as [B, L, ...], `images` uint8
-    [B, I, H, W, 3], `segment` [B, L] (1, 2, ... in a row, 0 for padding) and `example_id` [B, E, 2]
-    (mixture entry and record index of the row's segments, in their order; -1 for none).
+    [B, I, H, W, 3] and, in place of latents that the step is to make, `pictures` alike; `segment`
+    [B, L] (1, 2, ... in a row, 0 for padding) and `example_id` [B, E, 2] (mixture entry and record
+    index of the row's segments, in their order; -1 for none).
 
     A stream's part of a batch is a contiguous part of its mixture, so the tasks have the configured
     proportions.
@@ -87,6 +92,9 @@ def packed_batches(
     """
     c = config.input
     lengths = {name: c.seq_len for name in FIELDS}
+    if sequencer.encode_in_step:
+        lengths = {name: size for name, size in lengths.items() if name not in _LATENTS}
+        lengths["pictures"] = c.max_encoded_images
     lengths |= {
         "images": c.max_images,
         "example_id": max_examples(config, sequencer),
@@ -136,7 +144,7 @@ def sequences(
         # One reader for all tasks of a split: it is read through once.
         records = open_records(entry["dataset"], entry["split"], json.dumps(entry.get("fields")))
         latents = None
-        if task in ("generate", "edit"):
+        if task in ("generate", "edit") and not sequencer.encode_in_step:
             latents = LatentCache(records, config.data_dir, sequencer.fingerprint)
         to_sequence = _ToSequence(number, task, records, latents, sequencer)
         maps.append((records.with_task(task), to_sequence))
@@ -256,7 +264,9 @@ class _ToSequence:
     ):
         self._entry, self._task = entry, task
         self._records, self._latents, self._sequencer = records, latents, sequencer
-        self._no_images = np.zeros((0, sequencer.image_size, sequencer.image_size, 3), np.uint8)
+        sizes = {"images": sequencer.image_size, "pictures": sequencer.picture_size}
+        self._none = {name: np.zeros((0, n, n, 3), np.uint8) for name, n in sizes.items()}
+        self._left_out = _LATENTS if sequencer.encode_in_step else ("pictures",)
 
     def __call__(
         self, index: SupportsIndex, rng: np.random.Generator
@@ -274,8 +284,10 @@ class _ToSequence:
             arrays = dict(vars(self._sequencer.train(example, rng)))
         except Unfit as error:
             return Skipped(where, str(error), corrupt=False)
-        if not len(arrays["images"]):
-            arrays["images"] = self._no_images
+        for name in self._left_out:
+            del arrays[name]
+        # The packer wants to know the size of what is not there.
+        arrays |= {n: none for n, none in self._none.items() if n in arrays and not len(arrays[n])}
         arrays["example_id"] = np.array([[self._entry, index]], np.int32)
         # Counted by the packer, so that no row has more targets than the heads have slots.
         arrays["text_slots"] = np.zeros(np.count_nonzero(arrays["text_weight"]), np.int8)

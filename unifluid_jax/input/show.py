@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ from unifluid_jax.input.examples import LatentScale, Sequencer
 from unifluid_jax.input.pipeline import FIELDS, Batch
 from unifluid_jax.input.records import resized
 from unifluid_jax.input.tokenizer import TextTokenizer
-from unifluid_jax.sequence import Layout, Modality
+from unifluid_jax.sequence import Layout, Modality, latent_index
 
 if TYPE_CHECKING:
     from unifluid_jax.image_tokenizer import ImageTokenizer
@@ -54,7 +55,7 @@ def segments(batch: Batch, layout: Layout) -> Iterator[Segment]:
         images = 0
         for number in range(1, segment_L.max() + 1):
             (at,) = np.nonzero(segment_L == number)
-            fields = {name: batch[name][row, at] for name in FIELDS}
+            fields = {name: batch[name][row, at] for name in FIELDS if name in batch}
             seen = np.count_nonzero(fields["modality"] == Modality.VISION) // layout.vision_tokens
             entry, record = batch["example_id"][row, number - 1].tolist()
             pictures = batch["images"][row, images : images + seen]
@@ -139,11 +140,16 @@ def fill(batch: Batch, input_config: ConfigDict, layout: Layout) -> Table:
         name = f"{modality.name.lower()} positions"
         table.add_row(name, f"{count:.1f}", str(length), f"{count / length:.1%}")
     vision = np.count_nonzero(batch["modality"] == Modality.VISION) / layout.vision_tokens
+    places = ("modality", "position", "content_position", "target_position")
+    latents = latent_index(*(jnp.asarray(batch[name]) for name in places), layout.image_tokens)
     used = {
         "max_images": vision,
+        "max_encoded_images": np.count_nonzero(latents >= 0) / layout.image_tokens,
         "max_text_targets": np.count_nonzero(batch["text_weight"]),
         "max_image_targets": np.count_nonzero(batch["image_weight"]),
     }
+    if "pictures" not in batch:
+        del used["max_encoded_images"]
     for name, count in used.items():
         cap = input_config[name]
         share = f"{count / rows / cap:.1%}" if cap else "-"

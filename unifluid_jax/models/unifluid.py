@@ -20,7 +20,7 @@ from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
 from unifluid_jax.models.kernels import Packed
 from unifluid_jax.models.siglip import Siglip, SiglipConfig
-from unifluid_jax.sequence import Modality
+from unifluid_jax.sequence import Modality, fed_from_behind
 
 Batch = dict[str, jax.Array]
 
@@ -91,9 +91,9 @@ class UniFluid(nnx.Module):
         convention).
 
         Args:
-            batch: `tokens`, `modality`, `content_position`, `target_position` [B, L] and `images`
-                uint8 [B, I, H, W, 3]; or of fewer rows, of which the rows of the others are
-                repetitions (branches of guidance).
+            batch: `tokens`, `modality`, `position`, `content_position`, `target_position` [B, L]
+                and `images` uint8 [B, I, H, W, 3]; or of fewer rows, of which the rows of the
+                others are repetitions (branches of guidance).
             latents_BLC: samples of the latents kept at each position (see `sequence.py`).
         """
         modality_BL = batch["modality"]
@@ -103,10 +103,7 @@ class UniFluid(nnx.Module):
             x_BLD = jnp.where((modality_BL == Modality.VISION)[:, :, None], seen_BLD, x_BLD)
         target_BL = batch["target_position"]
         previous_BLC = jnp.pad(latents_BLC, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        # The latents of a content are kept with what predicted them, just before it.
-        behind_BL = target_BL >= 0
-        if self.config.queries:
-            behind_BL |= jnp.pad(modality_BL == Modality.QUERY, ((0, 0), (1, 0)))[:, :-1]
+        behind_BL = fed_from_behind(modality_BL, batch["position"], target_BL)
         fed_BLC = jnp.where(behind_BL[:, :, None], previous_BLC, latents_BLC)
         latent_BLD = self.embed_content(fed_BLC, batch["content_position"])
         x_BLD = jnp.where((modality_BL == Modality.LATENT)[:, :, None], latent_BLD, x_BLD)

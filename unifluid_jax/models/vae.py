@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from unifluid_jax import sharding
 from unifluid_jax.models.functional import param
 
 _conv_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -259,16 +260,14 @@ class Decoder(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-class Vae(nnx.Module):
-    """Encoder, decoder and the grouping of latents into tokens."""
+class VaeEncoder(nnx.Module):
+    """The half of a `Vae` that makes tokens of pictures; its parameters are some of the whole's."""
 
     def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
         self.config = config
-        z = config.latent_channels
+        z2 = 2 * config.latent_channels
         self.encoder = Encoder(config, rngs=rngs)
-        self.quant_conv = Conv(2 * z, 2 * z, 1, rngs=rngs)
-        self.post_quant_conv = Conv(z, z, 1, rngs=rngs)
-        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = Conv(z2, z2, 1, rngs=rngs)
 
     def encode(
         self, images: Float[Array, "B H W 3"]
@@ -277,15 +276,29 @@ class Vae(nnx.Module):
 
         The log-variance is clipped to [-30, 20] as in SD.
         """
-        moments = self.quant_conv(self.encoder(images.astype(self.config.dtype)))
+        dtype = self.config.dtype
+        encoder = sharding.gathered(self.encoder, dtype)
+        moments = self.quant_conv(encoder(sharding.over_replicas(images.astype(dtype))))
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
         return group(mean, self.config.patch), group(std, self.config.patch)
 
+
+class Vae(VaeEncoder):
+    """Encoder, decoder and the grouping of latents into tokens."""
+
+    def __init__(self, config: VaeConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        z = config.latent_channels
+        self.post_quant_conv = Conv(z, z, 1, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
     def decode(self, tokens_BNC: Float[Array, "B N C"]) -> Float[Array, "B H W 3"]:
         """Pictures of these tokens, float32, not clipped to [-1, 1]."""
-        latents = ungroup(tokens_BNC, self.config.patch).astype(self.config.dtype)
-        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
+        dtype = self.config.dtype
+        latents = ungroup(tokens_BNC, self.config.patch).astype(dtype)
+        decoder = sharding.gathered(self.decoder, dtype)
+        return decoder(self.post_quant_conv(sharding.over_replicas(latents))).astype(jnp.float32)
 
 
 def group(latents: Float[Array, "B h w z"], patch: int) -> Float[Array, "B N C"]:
