@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +104,12 @@ def test_only_process_0_claims(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     resume.claim(tmp_path, run_config())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_in_a_bucket_is_refused():
+    with pytest.raises(UserError, match="workdir=gs://bucket/run is in a bucket.*GCS Fuse"):
+        resume.folder("gs://bucket/run")
+    assert resume.folder("runs/mine") == Path("runs/mine")
 
 
 def test_a_read_only_workdir_is_refused(tmp_path):

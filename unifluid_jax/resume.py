@@ -6,6 +6,7 @@ WORKDIR/config.json    the config of the run, from its very beginning
 import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +40,20 @@ RESUMABLE = (
 )
 
 
+def folder(workdir: str) -> Path:
+    """The workdir of a command line.
+
+    Raises:
+        UserError: it is in a bucket. Logs are appended to, which buckets do not allow.
+    """
+    if "://" in workdir:
+        raise UserError(
+            f"--workdir={workdir} is in a bucket, and a run appends to its logs: give a folder that"
+            " all hosts see; GCS Fuse makes one of a bucket (docs/launch.md)"
+        )
+    return Path(workdir)
+
+
 def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Makes sure that a workdir is new, or was begun with this config; and can be written to.
 
@@ -62,8 +77,6 @@ def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
 
 
 def _check_writable(workdir: epath.PathLike) -> None:
-    if "://" in str(workdir):
-        return  # of a bucket, the first write will tell
     there = os.path.abspath(workdir)
     while not os.path.exists(there):
         there = os.path.dirname(there)

@@ -75,7 +75,7 @@ _WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long processes wait for a
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    config, workdir = _CONFIG.value, resume.folder(_WORKDIR.value)
     profile = observe.profile_window(_PROFILE.value)
     distributed.start(
         *(workdir, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value),
