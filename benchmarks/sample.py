@@ -138,7 +138,7 @@ def images_without_cache(
         whole: whole sequences, conditional then unconditional, of which the image's latents are not
             looked at.
     """
-    model = functional.bind(params)
+    model = functional.bind(params).unstacked()
     rows, count = order_BN.shape
     dim = model.config.head.token_dim
     # Places of the positions that predict the image's tokens, in their order.

@@ -226,6 +226,40 @@ def test_layers_under_scan_give_the_same(params):
     np.testing.assert_allclose(draw(PLAIN, params), found, atol=1e-4)
 
 
+def prefixes(case, rows=(0, 1, 2), branches=2, given=None):
+    known = None if given is None else latents(5).mean
+    return [[example(case, r, branch, known, given) for r in rows] for branch in range(branches)]
+
+
+def test_one_row_of_null_text_stands_for_all(params):
+    arguments, named = call(PLAIN, params)
+    assert len(arguments[2]["segment"]) == 3 + 1
+    apart = decode_image.branched(prefixes(PLAIN), 24, share=False)
+    assert len(apart["segment"]) == 3 + 3
+    found = [
+        decode_image.images(*arguments[:2], p, *arguments[3:], **named)
+        for p in (arguments[2], apart)
+    ]
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (("bidirectional", "generate", False), {}),  # the nulls of a longer prompt are seen
+        (("causal", "edit", False), {}),  # sources are unlike
+        (("causal", "edit", False), {"branches": 3}),  # the vision tower's rows are of all branches
+        (PLAIN, {"given": 2}),
+        (PLAIN, {"rows": (1,)}),
+        (PLAIN, {"branches": 1}),
+    ],
+)
+def test_where_rows_are_unlike_each_has_its_own(case, options):
+    branches = prefixes(case, **options)
+    batch = decode_image.branched(branches, 40)
+    assert len(batch["segment"]) == sum(map(len, branches))
+
+
 def test_guidance_of_one_equals_decoding_without_a_twin(params):
     one, none = (draw(PLAIN, params, guidance=w) for w in ((1.0,), ()))
     np.testing.assert_allclose(one, none, atol=1e-4)
@@ -357,5 +391,5 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 def test_prefixes_that_do_not_fit_the_branches_are_refused(params):
     (*positional, guidance, temperature, given), named = call(PLAIN, params)
-    with pytest.raises(ValueError, match="6 prefixes for 1 branches of 3 pictures"):
+    with pytest.raises(ValueError, match="4 prefixes for 1 branches of 3 pictures"):
         decode_image.images(*positional, (), temperature, given, **named)

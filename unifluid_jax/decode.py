@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from unifluid_jax.models.gemma import Cache
@@ -86,6 +87,13 @@ def fill(
         model.backbone.init_cache(rows, length + room),
     )
     return x_BPD, hidden_BPD, cache
+
+
+def rows_of(cache: Cache, index: ArrayLike) -> Cache:
+    """The cache whose rows are those rows of another one."""
+    # They are the fourth axis from behind, whether layers are stacked or not.
+    layers = jax.tree.map(lambda x: jnp.take(x, index, axis=-4), cache["layers"])
+    return {"layers": layers, "position": cache["position"][index]}
 
 
 def prefill(model: UniFluid, prefix: Batch, room: int) -> tuple[Float[Array, "B D"], State]:

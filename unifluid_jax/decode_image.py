@@ -16,7 +16,8 @@ drawn.
 Prompts, keys, guidance and temperature are traced: one program serves all of them; it is compiled
 per number of rows, prefix length and `ImageSampling`.
 
-Letters: as in `decode.py`, and G branches of guidance, K tokens of a group, S slots of the cache.
+Letters: as in `decode.py`, and G branches of guidance, R = G B rows of them, F prefixes fed for
+these, K tokens of a group, S slots of the cache.
 """
 
 import dataclasses
@@ -32,13 +33,14 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from unifluid_jax.decode import fill, stack
+from unifluid_jax.decode import fill, rows_of, stack
 from unifluid_jax.diffusion import Process
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
 from unifluid_jax.samplers import Sampler, guidance_at, guided, sampler_from, within
+from unifluid_jax.sequence import Modality
 from unifluid_jax.sequence import Sequence as TokenSequence
 
 _BUCKETS = 4  # numbers of diffusion steps that DiSA's schedule takes: each is compiled
@@ -221,12 +223,21 @@ class _Progress(NamedTuple):
     tokens_BNC: Array
 
 
-def branched(branches: Sequence[list[TokenSequence]], length: int) -> dict[str, np.ndarray]:
+def branched(
+    branches: Sequence[list[TokenSequence]], length: int, share: bool = True
+) -> dict[str, np.ndarray]:
     """The prefixes of all branches as the rows of one batch, the most conditional branch first.
 
     Branches look at the same pictures, or at none: they are kept once, and seen by the vision tower
-    once.
+    once. Where the least conditional branch is the same null text in all rows, shorter or longer,
+    the longest stands for them all: a causal model computes the same for every beginning of it.
+
+    Args:
+        share: whether it may stand for them all; not where rows are spread over devices.
     """
+    *others, last = branches
+    if share and others and len(last) > 1 and _nested(last) and not len(others[0][0].images):
+        branches = [*others, [max(last, key=len)]]
     batches = [stack(sequences, length) for sequences in branches]
     joined = {
         name: np.concatenate([batch[name] for batch in batches])
@@ -234,6 +245,18 @@ def branched(branches: Sequence[list[TokenSequence]], length: int) -> dict[str, 
         if name != "images"
     }
     return {**joined, "images": batches[0]["images"]}
+
+
+def _nested(sequences: list[TokenSequence]) -> bool:
+    """Whether these are beginnings of one causal text, but for their last positions."""
+    longest = max(sequences, key=len)
+    if not (longest.step == 1).all():
+        return False
+    return all(
+        np.array_equal(s.tokens[:-1], longest.tokens[: len(s) - 1])
+        and (s.modality[:-1] == Modality.TEXT).all()
+        for s in sequences
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="how")
@@ -253,7 +276,8 @@ def images(
 
     Args:
         functional, params: the UniFluid.
-        prefix: from `branched`: rows up to and with the position that asks for the first token.
+        prefix: from `branched`: rows up to and with the position that asks for the first token;
+            one row of the least conditional branch may stand for all.
         order_BN: the order in which the grid cells are decoded.
         key_B: a typed key per row; the row's noise depends on it alone.
         guidance: a scale for each branch but the last, a scalar or a value per row: for (text,
@@ -263,7 +287,7 @@ def images(
         given: tokens known beforehand, which the result holds unchanged.
         how: all other settings.
     """
-    model: UniFluid = functional.bind(params)
+    model: UniFluid = functional.bind(params).unstacked()
     fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given, how)
     for stage in stages(order_BN.shape[1], how):
 
@@ -337,25 +361,32 @@ def _begin(
 ) -> tuple[_Fixed, _Progress]:
     """Feeds the prefixes, all but their last position, which the first step feeds."""
     (rows, count), branches = order_BN.shape, len(guidance) + 1
-    if len(prefix["segment"]) != branches * rows:
-        raise ValueError(
-            f"{len(prefix['segment'])} prefixes for {branches} branches of {rows} pictures"
-        )
+    fed, length = prefix["segment"].shape
+    shared = branches > 1 and rows > 1 and fed == (branches - 1) * rows + 1
+    if not shared and fed != branches * rows:
+        raise ValueError(f"{fed} prefixes for {branches} branches of {rows} pictures")
     if given is None:
         given = Given(
             jnp.zeros((rows, count, model.config.head.token_dim), jnp.float32),
             jnp.zeros(rows, jnp.int32),
         )
-    length_R = (prefix["segment"] > 0).sum(axis=1) - 1
-    last_RP = jnp.arange(prefix["segment"].shape[1])[None] == length_R[:, None]
-    valid_RP = (prefix["segment"] > 0) & ~last_RP
-    prefix = {**prefix, "segment": valid_RP.astype(jnp.int32)}
-    x_RPD, _, cache = fill(model, prefix, _gap(model, count, how) + count)
-    token_R = jnp.where(last_RP, prefix["tokens"], 0).sum(axis=1)
+    length_F = (prefix["segment"] > 0).sum(axis=1) - 1
+    valid_FP = jnp.arange(length)[None] < length_F[:, None]
+    prefix = {**prefix, "segment": valid_FP.astype(jnp.int32)}
+    x_FPD, _, cache = fill(model, prefix, _gap(model, count, how) + count)
+    # Rows of the least conditional branch are as long as those of the most conditional one, and end
+    # alike; where one row stands for all of them, only what was before the end is its own.
+    row_R, owner_R = (jnp.arange(branches * rows),) * 2
+    if shared:
+        row_R = jnp.where(row_R < fed - 1, row_R, row_R % rows)
+        owner_R = jnp.minimum(owner_R, fed - 1)
+        cache = rows_of(cache, owner_R)
+    length_R = length_F[row_R]
+    token_R = prefix["tokens"][row_R, length_R]
     fixed = _Fixed(
-        valid_RP=valid_RP,
+        valid_RP=jnp.arange(length)[None] < length_R[:, None],
         base_R=length_R - jnp.tile(given.count_B, branches),
-        first_RD=jnp.take_along_axis(x_RPD, length_R[:, None, None], axis=1)[:, 0],
+        first_RD=x_FPD[row_R, length_R],
         boi_RD=model.backbone.embed(token_R[:, None])[:, 0],
         order_BN=order_BN,
         key_B=key_B,

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from unifluid_jax.decode import State, feed, prefill
+from unifluid_jax.decode import State, feed, prefill, rows_of
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.unifluid import UniFluid
 from unifluid_jax.sequence import Sequence, attention_mask
@@ -116,8 +116,7 @@ def _prefill(
 
 def _rows_of(state: State, index: ArrayLike) -> State:
     """The state whose rows are those rows of `state`."""
-    cache = {name: jnp.take(state.cache[name], index, axis=1) for name in ("k", "v")}
-    cache["position"] = state.cache["position"][index]
+    cache = rows_of(state.cache, index)
     return State(cache, state.seen_BS[index], state.position_B[index], state.slot)
 
 
@@ -142,7 +141,7 @@ def begin(
         sampling: how tokens are chosen.
         max_tokens: T, room for tokens.
     """
-    model: UniFluid = functional.bind(params)
+    model: UniFluid = functional.bind(params).unstacked()
     hidden_BD, state = _prefill(model, prefix, shared, max_tokens - 1)
     first_B = _pick(model, 0, hidden_BD, key_B, sampling)
     tokens_BT = jnp.full((len(hidden_BD), max_tokens), -1, jnp.int32).at[:, 0].set(first_B)
@@ -166,7 +165,7 @@ def advance(
         progress: from `begin` or `advance`, of the same `key_B` and `sampling`; given away.
         eos: id of the end of sequence.
     """
-    model: UniFluid = functional.bind(params)
+    model: UniFluid = functional.bind(params).unstacked()
 
     def more(progress: Progress) -> Array:
         ended_B = (progress.tokens_BT == eos).any(axis=1)
@@ -281,7 +280,7 @@ def beam_search(
         length_penalty: see above.
         beams: K, texts kept at every step; at most the size of the vocabulary.
     """
-    model: UniFluid = functional.bind(params)
+    model: UniFluid = functional.bind(params).unstacked()
     hidden_BD, state = _prefill(model, prefix, shared, max_tokens - 1)
     rows = len(hidden_BD)
     score_BK, token_BK = jax.lax.top_k(_log_p(model, hidden_BD), beams)

@@ -413,9 +413,10 @@ class Model:
             given = Given(known, np.array([row.given for row in rows], np.int32))
         branches = zip(*[row.prefixes for row in rows], strict=True)
         length = self.parts.sequencer.prefix_length(task, inpainting)
+        alone = sharding.divisible(1, self._mesh) == 1
         prefix, order, keys, given = sharding.spread(
             (
-                decode_image.branched([list(branch) for branch in branches], length),
+                decode_image.branched([list(branch) for branch in branches], length, share=alone),
                 np.stack([row.order for row in rows]),
                 make_keys([row.entropy for row in rows]),
                 given,

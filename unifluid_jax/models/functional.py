@@ -49,11 +49,13 @@ def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 
 
 def unstack(layers: Any, depth: int) -> list[Any]:
-    """The single layers of a `stack`.
+    """The single layers of a `stack`; of an `nnx.List` of them, themselves.
 
     Cut with `lax.split`, whose transpose is one concatenation; indexing would make the backward
     pass add up `depth` arrays of the full stacked size.
     """
+    if isinstance(layers, nnx.List):
+        return list(layers)
     leaves, structure = jax.tree.flatten(layers)
     slices = [jax.lax.split(leaf, (1,) * depth, axis=0) for leaf in leaves]
     return [

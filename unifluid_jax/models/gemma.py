@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from unifluid_jax.models import kernels
 from unifluid_jax.models.functional import checkpointed, param, stack, unstack
 from unifluid_jax.models.kernels import Packed
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
 # Attention of given queries, keys and values under one mask: (q_BTHK, k_BSGK, v_BSGK) -> BTHK.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -209,11 +210,13 @@ class Block(nnx.Module):
         q = rope(q, position_BT, *c.rope_of(kind)) * scale
         k = rope(k, position_BT, *c.rope_of(kind))
         if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(cache[name], new, offset, axis=1)
+            cache = {
+                name: jax.lax.dynamic_update_slice_in_dim(
+                    cache[name], new.swapaxes(1, 2), offset, axis=2
+                )
                 for name, new in (("k", k), ("v", v))
-            )
-            cache = {"k": k, "v": v}
+            }
+            k, v = cache["k"].swapaxes(1, 2), cache["v"].swapaxes(1, 2)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         y = attend(q, k, v)
         return jnp.einsum("BTHK,HKD->BTD", y, self.o[...].astype(dtype)), cache
@@ -301,13 +304,19 @@ class Gemma(nnx.Module):
     def init_cache(self, batch: int, slots: int) -> Cache:
         """An empty key/value cache.
 
-        [layers, B, slots, G, K] each, and the RoPE position held by every slot.
+        Keys and values [B, G, slots, K] of every layer, stacked as [layers, ...] where layers are
+        scanned; and the RoPE position held by every slot. Layers that are not scanned keep theirs
+        apart, so that a loop writes to them in place; heads come before slots, so that attention
+        reads them as they lie.
         """
         c = self.config
-        shape = (c.depth, batch, slots, c.kv_heads, c.head_dim)
+
+        def empty(*layers: int) -> dict[str, jax.Array]:
+            shape = (*layers, batch, c.kv_heads, slots, c.head_dim)
+            return {"k": jnp.zeros(shape, c.dtype), "v": jnp.zeros(shape, c.dtype)}
+
         return {
-            "k": jnp.zeros(shape, c.dtype),
-            "v": jnp.zeros(shape, c.dtype),
+            "layers": empty(c.depth) if c.scan_layers else [empty() for _ in range(c.depth)],
             "position": jnp.zeros((batch, slots), jnp.int32),
         }
 
@@ -342,10 +351,10 @@ class Gemma(nnx.Module):
             x, layer_cache = block(x, kind, position_BT, attend[kind], layer_cache, offset)
             return sharding.over_replicas(x), layer_cache
 
-        layer_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-        x_BTD, layer_cache = _run_layers(self.config, self.layers, run, x_BTD, layer_cache)
+        kept = None if cache is None else cache["layers"]
+        x_BTD, kept = _run_layers(self.config, self.layers, run, x_BTD, kept)
         if cache is not None:
-            cache = {**layer_cache, "position": key_position}
+            cache = {"layers": kept, "position": key_position}
         return self.final_norm(x_BTD), cache
 
     def _attend(
@@ -382,39 +391,47 @@ class Gemma(nnx.Module):
 
 def _run_layers(
     config: GemmaConfig,
-    layers: Block,
-    run: Callable[[Block, str, jax.Array, Cache | None], tuple[jax.Array, Cache | None]],
+    layers: Any,
+    run: Callable[[Block, str, jax.Array, Any], tuple[jax.Array, Any]],
     x: jax.Array,
-    cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
+    cache: Any,
+) -> tuple[jax.Array, Any]:
     """All blocks in turn, scanned over whole periods of the attention pattern or unrolled.
 
     A period is unrolled inside the scan so that "local" and "global" stay static there; layers left
     over after the last whole period follow the scan.
+
+    Args:
+        layers: stacked, or where they are not scanned a list.
+        cache: keys and values of the layers, see `Gemma.init_cache`.
     """
     run = checkpointed(run, config.remat, "config.model.backbone.remat", static_argnums=(1,))
     period = len(config.attention)
 
-    def unrolled(x, layers_and_cache, depth):
-        caches = []
-        for i, (block, layer_cache) in enumerate(unstack(layers_and_cache, depth)):
+    def unrolled(x, blocks, caches):
+        new = []
+        for i, (block, layer_cache) in enumerate(zip(blocks, caches, strict=True)):
             x, layer_cache = run(block, config.attention[i % period], x, layer_cache)
-            caches.append(layer_cache)
-        if caches[0] is None:
-            return x, None
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+            new.append(layer_cache)
+        return x, None if cache is None else new
+
+    if not config.scan_layers:
+        caches = [None] * config.depth if cache is None else cache
+        return unrolled(x, unstack(layers, config.depth), caches)
+
+    def unrolled_group(x, group, depth):
+        x, new = unrolled(x, *zip(*unstack(group, depth), strict=True))
+        return x, None if new is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
 
     stacked = (layers, cache)
-    if not config.scan_layers:
-        return unrolled(x, stacked, config.depth)
     whole = config.depth - config.depth % period
     groups = jax.tree.map(
         lambda leaf: leaf[:whole].reshape(whole // period, period, *leaf.shape[1:]), stacked
     )
-    x, new = jax.lax.scan(lambda x, group: unrolled(x, group, period), x, groups)
+    x, new = jax.lax.scan(lambda x, group: unrolled_group(x, group, period), x, groups)
     new = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), new)
     if whole < config.depth:
         rest = jax.tree.map(lambda leaf: leaf[whole:], stacked)
-        x, tail = unrolled(x, rest, config.depth - whole)
+        x, tail = unrolled_group(x, rest, config.depth - whole)
         new = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), new, tail)
     return x, new

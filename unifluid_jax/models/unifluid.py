@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from unifluid_jax import sharding
-from unifluid_jax.models.functional import param
+from unifluid_jax.models.functional import param, unstack
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
 from unifluid_jax.models.kernels import Packed
@@ -83,6 +83,17 @@ class UniFluid(nnx.Module):
         self.content_embed = param(positions(half=0), rngs.params(), shape, axes)
         self.target_embed = param(positions(half=1), rngs.params(), shape, axes)
         self.head = DiffusionHead(config.head, rngs=rngs)
+
+    def unstacked(self) -> "UniFluid":
+        """This module, changed: its layers are cut apart once, where they are not scanned.
+
+        For what runs it in a loop, which would cut them anew at every turn.
+        """
+        if not self.config.backbone.scan_layers:
+            layers = unstack(self.backbone.layers, self.config.backbone.depth)
+            self.backbone.layers = nnx.List(layers)
+        self.head.blocks = nnx.List(unstack(self.head.blocks, self.config.head.depth))
+        return self
 
     def embed(self, batch: Batch, latents_BLC: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
         """Embeddings of packed rows, in the compute type.
