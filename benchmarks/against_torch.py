@@ -8,7 +8,8 @@ The model has the quickstart's backbone and diffusion head, MAR's process and no
 are a text and an image, so that nothing is padded or packed on either side. Both sides begin at the
 same weights; two steps on the same batch, times and noise must have the same losses and gradient
 norms. Then each side runs some steps in turn, with noise of its own; the ratio is the median over
-the turns.
+the turns. All of it for batches of several sizes: in large ones a step is little but matrix
+products, in small ones what lies between them counts too.
 """
 
 import json
@@ -18,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,17 +41,18 @@ from unifluid_jax.tasks import UniFluidTask
 _PYTHON = flags.DEFINE_string("python", ".venv-torch/bin/python", "A Python that has PyTorch.")
 _TURNS = flags.DEFINE_integer("turns", 9, "Turns of each side.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps of a turn.")
+_ROWS = flags.DEFINE_multi_integer("rows", [2, 8, 32], "Rows of a batch; repeat for more.")
 
-ROWS, TEXT, IMAGE = 32, 15, 16
+TEXT, IMAGE = 15, 16
 
 
-def config_of() -> ConfigDict:
+def config_of(rows: int) -> ConfigDict:
     """The quickstart with MAR's process and AdamW, on short rows without pictures to read."""
     config = configs.load("experiments/quickstart.py:process=ddpm")
     config.init_from = ""
     config.diffusion.learned_variance = True
     config.loss.latent_noise = 1.0
-    config.input.batch_size = ROWS
+    config.input.batch_size = rows
     config.input.max_images = 0
     config.input.max_text_targets = TEXT - 1
     config.input.max_image_targets = IMAGE
@@ -64,50 +66,76 @@ def config_of() -> ConfigDict:
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    theirs, parts = Theirs(_PYTHON.value), assemble(config_of())
-    with tempfile.TemporaryDirectory() as folder, theirs:
-        (Path(folder) / "sizes.json").write_text(json.dumps(sizes_of(parts, cores())))
-        version = theirs("make", folder)["torch"]
-        ours = Ours(parts, Path(folder))
-        np.savez(Path(folder) / "batch.npz", **ours.numbers())
-        theirs("read")
-        pairs = list(zip(ours.check(), theirs("check")["steps"], strict=True))
-        for side in (ours.time, lambda steps: theirs("time", steps)):
-            side(_STEPS.value)  # caches and thread pools get warm
-        turns = [
-            [statistics.median(x) for x in (ours.time(n), theirs("time", n)["seconds"])]
-            for n in [_STEPS.value] * _TURNS.value
-        ]
-    table = rich.table.Table("step", "", "ours", "PyTorch", "difference", box=None)
-    for step, pair in enumerate(pairs, start=1):
-        for name, a, b in zip(("loss", "gradient norm"), *pair, strict=True):
-            table.add_row(str(step), name, f"{a:.6f}", f"{b:.6f}", f"{abs(a - b) / abs(b):.1e}")
     console = rich.console.Console(soft_wrap=True, highlight=False)
+    table = rich.table.Table(
+        *("rows", "examples/s, ours", "PyTorch's", "ratio", "of turns", "losses differ by"),
+        box=None,
+    )
+    apart = 0.0
+    with Theirs(_PYTHON.value) as theirs:
+        for rows in _ROWS.value:
+            measured = measure(rows, theirs, _TURNS.value, _STEPS.value)
+            seconds = [statistics.median(side) for side in zip(*measured.turns, strict=True)]
+            ratios = sorted(b / a for a, b in measured.turns)
+            table.add_row(
+                str(rows),
+                *(f"{rows / x:.0f}" for x in seconds),
+                f"{statistics.median(ratios):.2f}",
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                f"{measured.apart:.1e}",
+            )
+            apart = max(apart, measured.apart)
     console.print(table)
-    seconds = [statistics.median(side) for side in zip(*turns, strict=True)]
-    ratios = sorted(b / a for a, b in turns)
-    speeds = "ours {:.0f}, PyTorch {:.0f}".format(*(ROWS / x for x in seconds))
     console.print(
-        f"examples/s: {speeds}; ratio {statistics.median(ratios):.2f} (of {len(ratios)} turns:"
-        f" {ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"{cores()} CPU cores, jax {jax.__version__}, torch {measured.torch}, Python"
+        f" {platform.python_version()}; {TEXT} text and {IMAGE} image tokens a row, 4 draws;"
+        f" {_TURNS.value} turns of {_STEPS.value} steps"
     )
-    console.print(
-        f"{cores()} CPU cores, jax {jax.__version__}, torch {version}, Python"
-        f" {platform.python_version()}; {ROWS} rows of {TEXT} text and {IMAGE} image tokens,"
-        " 4 draws"
-    )
-    apart = max(abs(a - b) / abs(b) for pair in pairs for a, b in zip(*pair, strict=True))
     if apart > 1e-4:
         raise UserError(f"the two sides differ by {apart:.1e}: their speeds mean nothing")
 
 
-def make_batch(layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+class Measured(NamedTuple):
+    """Both sides on batches of one size.
+
+    Attributes:
+        turns: median seconds of a step, ours and theirs, of every turn.
+        apart: largest relative difference of their losses and gradient norms.
+        torch: version of theirs.
+    """
+
+    turns: list[list[float]]
+    apart: float
+    torch: str
+
+
+def measure(rows: int, theirs: "Theirs", turns: int, steps: int) -> Measured:
+    """Both sides checked against each other, then timed in turns."""
+    parts = assemble(config_of(rows))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "sizes.json").write_text(json.dumps(sizes_of(parts, cores())))
+        version = theirs("make", folder)["torch"]
+        ours = Ours(parts, rows, Path(folder))
+        np.savez(Path(folder) / "batch.npz", **ours.numbers())
+        theirs("read")
+    pairs = zip(ours.check(), theirs("check")["steps"], strict=True)
+    apart = max(abs(a - b) / abs(b) for pair in pairs for a, b in zip(*pair, strict=True))
+    for side in (ours.time, lambda steps: theirs("time", steps)):
+        side(steps)  # caches and thread pools get warm
+    found = [
+        [statistics.median(x) for x in (ours.time(steps), theirs("time", steps)["seconds"])]
+        for _ in range(turns)
+    ]
+    return Measured(found, apart, version)
+
+
+def make_batch(layout: Layout, rows: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Rows of random numbers: as the trainer reads them, and as plain tokens and order."""
     count, rng = layout.image_tokens, np.random.default_rng(0)
-    shape = (ROWS, TEXT + count)
-    tokens = rng.integers(4, 200, (ROWS, TEXT + 1)).astype(np.int32)
-    order = np.stack([rng.permutation(count) for _ in range(ROWS)]).astype(np.int32)
-    latents = rng.normal(size=(2, ROWS, count, layout.token_dim)).astype(np.float32)
+    shape = (rows, TEXT + count)
+    tokens = rng.integers(4, 200, (rows, TEXT + 1)).astype(np.int32)
+    order = np.stack([rng.permutation(count) for _ in range(rows)]).astype(np.int32)
+    latents = rng.normal(size=(2, rows, count, layout.token_dim)).astype(np.float32)
     mean, std = latents[0], 0.1 * np.abs(latents[1])
 
     def placed(values: Any, at: slice, fill: float, like: type) -> np.ndarray:
@@ -120,18 +148,18 @@ def make_batch(layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
     along = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
     batch = {
         "tokens": placed(tokens, slice(0, TEXT + 1), 0, np.int32),
-        "modality": placed(np.full((ROWS, 1), Modality.LATENT), behind, Modality.TEXT, np.int32),
+        "modality": placed(np.full((rows, 1), Modality.LATENT), behind, Modality.TEXT, np.int32),
         "position": along,
         "step": along,
         "segment": np.ones(shape, np.int32),
         "text_target": placed(tokens[:, 1:TEXT], text, 0, np.int32),
-        "text_weight": placed(np.ones((ROWS, 1)), text, 0, np.float32),
-        "image_weight": placed(np.ones((ROWS, 1)), asked, 0, np.float32),
+        "text_weight": placed(np.ones((rows, 1)), text, 0, np.float32),
+        "image_weight": placed(np.ones((rows, 1)), asked, 0, np.float32),
         "content_position": placed(order[:, :-1], behind, -1, np.int32),
         "target_position": placed(order, asked, -1, np.int32),
         "latent_mean": placed(mean, asked, 0, np.float32),
         "latent_std": placed(std, asked, 0, np.float32),
-        "images": np.zeros((ROWS, 0, 64, 64, 3), np.uint8),
+        "images": np.zeros((rows, 0, 64, 64, 3), np.uint8),
     }
     return batch, {"tokens": tokens, "order": order, "mean": mean, "std": std}
 
@@ -139,7 +167,7 @@ def make_batch(layout: Layout) -> tuple[dict[str, np.ndarray], dict[str, np.ndar
 class Ours:
     """Our side: the trainer's own step."""
 
-    def __init__(self, parts: Parts, folder: Path):
+    def __init__(self, parts: Parts, rows: int, folder: Path):
         config, task = parts.config, UniFluidTask(parts.config, parts)
         self._parts = parts
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -152,7 +180,7 @@ class Ours:
         ):
             params[part] = interop.read_part(kind, folder / name, abstract[part])
         self._params = params
-        self._batch, self._plain = make_batch(parts.sequencer.layout)
+        self._batch, self._plain = make_batch(parts.sequencer.layout, rows)
         start = jax.jit(lambda key, given: init(config, task, optimizer, key, given))
         self._state = start(jax.random.key(config.seed), params)
         self._step = jax.jit(
@@ -166,7 +194,7 @@ class Ours:
         c, asked = self._parts.config, slice(TEXT, None)
         noise = losses.draw_noise(
             self._parts.process,
-            row_keys(c, 0, ROWS),
+            row_keys(c, 0, c.input.batch_size),
             self._batch["latent_mean"].shape[1:],
             c.input.max_image_targets,
             c.loss.draws,

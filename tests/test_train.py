@@ -485,19 +485,17 @@ def test_a_run_tells_its_model_flops_and_their_share_of_the_peak(world, tmp_path
     assert last["mfu"] == pytest.approx(last["model_flops/s"] / 8e12)
 
 
-def test_a_run_that_encodes_pictures_needs_no_cache_and_goes_on_bit_for_bit(world, tmp_path):
+def test_a_run_that_encodes_pictures_needs_no_cache_and_saves_no_encoder(world, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(world, folder)
     shutil.rmtree(folder / "latents")
-    short = {"train.steps": 4, "train.checkpoint_every": 2}
-    config = tiny.unifluid(folder, mesh=MESH, **ENCODED, **short)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "cut", interrupt=3)
-    state, _, batches = run(config, tmp_path / "cut")
-    expected, _, all_batches = run(config, tmp_path / "whole")
-    assert_same(state, expected)
-    assert len(batches) == 2 and len(all_batches) == 4
-    assert "pictures" in all_batches[0] and "latent_mean" not in all_batches[0]
+    config = tiny.unifluid(folder, mesh=MESH, **ENCODED, **{"train.steps": 2})
+    state, lines, batches = run(config, tmp_path / "run")
+    assert len(lines) == 2 and np.isfinite(lines[1]["loss"])
+    assert all("pictures" in batch and "latent_mean" not in batch for batch in batches)
+    assert set(state["params"]) == {
+        "backbone", "vision", "vision_proj", "latent_in", "content_embed", "target_embed", "head"
+    }  # fmt: skip
 
 
 def test_the_state_after_a_run_is_its_last_checkpoint(whole):

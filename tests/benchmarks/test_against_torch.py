@@ -12,12 +12,12 @@ from unifluid_jax.sequence import Modality
 
 
 def test_its_rows_are_such_as_the_trainer_reads():
-    config = against_torch.config_of()
+    config = against_torch.config_of(4)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     where = jax.NamedSharding(mesh, jax.P())
     wanted = planning.abstract_batch(blueprint(config), where)
     layout = assemble(config).sequencer.layout
-    batch, plain = against_torch.make_batch(layout)
+    batch, plain = against_torch.make_batch(layout, 4)
     assert {n: (x.shape, x.dtype) for n, x in batch.items()} == {
         n: (x.shape, x.dtype) for n, x in wanted.items()
     }
