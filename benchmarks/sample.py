@@ -33,6 +33,7 @@ import numpy as np
 from absl import flags
 from jax.typing import ArrayLike
 from jaxtyping import Float, UInt8
+from matplotlib import ticker
 
 import unifluid_jax
 from benchmarks import cores
@@ -323,6 +324,9 @@ def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any], path: Path) -
                 fontsize=7,
             )
         ax.set(xscale="log", xlabel=f"images/s, {facts['batch']} rows", ylabel=title)
+        ax.margins(x=0.25)  # room for the names
+        ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.3)
     figure.suptitle(f"{facts['device']}, {facts['prompts']} prompts of {facts['data']}")
     figure.tight_layout()

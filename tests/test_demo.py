@@ -1,6 +1,8 @@
 """What the demo's page does, without a browser."""
 
+import time
 import types
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -34,11 +36,20 @@ def picture():
 
 def shown(pictures):
     """What the page enlarges, as it was."""
-    return [np.asarray(x)[::16, ::16] for x in pictures]
+    return [np.asarray(Image.open(path))[::16, ::16] for path in pictures]
 
 
-def test_pictures_appear_as_they_are_made(handlers, model):
-    frames = list(handlers.generate("a red circle", 2, [("old", "label")], *SETTINGS))
+@pytest.fixture
+def old(tmp_path):
+    """A file of the history."""
+    path = tmp_path / "old.png"
+    Image.fromarray(picture()).save(path)
+    return str(path)
+
+
+def test_pictures_appear_as_they_are_made(handlers, model, old):
+    history = [(old, "label"), ("forgotten.png", "forgotten")]
+    frames = list(handlers.generate("a red circle", 2, history, *SETTINGS))
     assert len(frames) == 6  # nothing yet, four tokens, done
     for pictures, status, _ in frames[:-1]:
         assert len(pictures) == 2 and "seed 5" in status
@@ -58,10 +69,25 @@ def test_a_fresh_seed_gives_another_picture_and_is_told(handlers):
     assert np.any(shown(first[0])[0] != shown(second[0])[0])
 
 
-def test_history_forgets_the_oldest(handlers):
-    full = [(str(i), str(i)) for i in range(24)]
+def test_history_forgets_the_oldest(handlers, old):
+    full = [(old, str(i)) for i in range(24)]
     *_, (_, _, history) = handlers.generate("a", 1, full, *SETTINGS)
     assert len(history) == 24 and history[1:] == full[:-1]
+
+
+def test_a_picture_is_one_file_written_once_until_it_is_old(monkeypatch):
+    files = demo.Files()
+    path = Path(files.path(Image.fromarray(picture())))
+    before = path.stat()
+    time.sleep(0.01)
+    assert files.path(Image.fromarray(picture())) == str(path)
+    assert path.stat().st_ino == before.st_ino and path.stat().st_mtime > before.st_mtime
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    files.forget_old()
+    assert path.exists()
+    monkeypatch.setattr(demo, "_KEPT", -1)
+    files.forget_old()
+    assert not path.exists()
 
 
 def test_edits_and_inpainting(handlers, tmp_path):

@@ -7,11 +7,17 @@ Needs `pip install 'unifluid_jax[demo]'`. Requests wait in one queue and are wor
 time; when --queue of them wait, further ones are told to come back later.
 """
 
+import contextlib
 import functools
+import hashlib
+import io
 import math
 import os
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +47,7 @@ Number = int | float  # what a slider gives
 MOST = 4  # pictures of one request
 _HISTORY = 24  # pictures remembered for a visitor
 _SHOWN = 256  # pixels, about, that small pictures are enlarged to
+_KEPT = 7200  # seconds that files are kept
 _PAUSE = 0.1  # seconds between previews at least: a browser shows no more
 _ABOUT = """# {name}
 One model draws from text, edits, fills in, describes and answers. Pictures appear as their tokens
@@ -100,6 +107,36 @@ def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
+class Files:
+    """Pictures as files, each written once and whole.
+
+    Gradio would write what is no file anew whenever it is shown, also while a browser reads it.
+    """
+
+    def __init__(self):
+        self._folder = tempfile.TemporaryDirectory(prefix="unifluid_demo_")
+
+    def path(self, picture: Image.Image) -> str:
+        """The file of a picture, enlarged to be looked at."""
+        encoded = io.BytesIO()
+        _enlarged(picture).save(encoded, "PNG")
+        name = hashlib.sha256(encoded.getvalue()).hexdigest()
+        path = Path(self._folder.name) / f"{name}.png"
+        if not path.exists():
+            partial = path.with_suffix(f".{threading.get_ident()}")
+            partial.write_bytes(encoded.getvalue())
+            partial.rename(path)
+        os.utime(path)
+        return str(path)
+
+    def forget_old(self) -> None:
+        """Removes what has not been shown for as long as Gradio keeps its files."""
+        for path in Path(self._folder.name).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another request was faster
+                if time.time() - path.stat().st_mtime > _KEPT:
+                    path.unlink()
+
+
 class Handlers:
     """What the page does, without the page: generators of what its outputs show.
 
@@ -108,7 +145,7 @@ class Handlers:
     """
 
     def __init__(self, model: inference.Model):
-        self._model = model
+        self._model, self._files = model, Files()
 
     @readable
     def generate(self, prompt: str, n: Number, history: list, *settings: Any) -> Iterator[tuple]:
@@ -148,17 +185,19 @@ class Handlers:
         if not 1 <= n <= MOST:
             raise UserError(f"{n:g} pictures at once: ask for 1 to {MOST}")
         settings = self.settings(*values)
+        self._files.forget_old()
         pictures, count = [], 0
         for pictures in self._model.stream(method, *what, n=int(n), **settings):
             count += 1
             if time.monotonic() - shown_at < _PAUSE:
                 continue
             status = f"step {count}, seed {settings['seed']}"
-            yield [_enlarged(picture) for picture in pictures], status, gr.skip()
+            yield [self._files.path(picture) for picture in pictures], status, gr.skip()
             shown_at = time.monotonic()
-        shown = [_enlarged(picture) for picture in pictures]
+        shown = [self._files.path(picture) for picture in pictures]
         label = f"{title} (seed {settings['seed']})"
-        history = [(picture, label) for picture in shown] + history
+        kept = [(path, label) for path, label in history if os.path.exists(path)]
+        history = [(path, label) for path in shown] + kept
         status = f"done in {time.monotonic() - begun:.1f} s, seed {settings['seed']}"
         yield shown, status, history[:_HISTORY]
 
@@ -229,7 +268,7 @@ def _upload() -> gr.components.Component:
 def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
     """The page of a model; `queue` requests may wait."""
     handlers = Handlers(model)
-    with gr.Blocks(title=f"{name}: unifluid_jax", delete_cache=(3600, 7200)) as page:
+    with gr.Blocks(title=f"{name}: unifluid_jax", delete_cache=(3600, _KEPT)) as page:
         gr.Markdown(_ABOUT.format(name=name))
         history = gr.State([])
         with gr.Row():
@@ -240,8 +279,9 @@ def build(model: inference.Model, name: str, queue: int) -> gr.Blocks:
                     label="Pictures",
                     format="png",
                     columns=2,
-                    height=380,
+                    height=480,
                     object_fit="contain",
+                    fit_columns=False,
                     interactive=False,
                     elem_id="pictures",
                 )
