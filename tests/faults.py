@@ -74,7 +74,7 @@ class SmallTask(tasks.UniFluidTask):
         super().__init__(config)
         self.model = Small()
 
-    def loss(self, params, batch, key_B, total):
+    def loss(self, params, constants, batch, key_B, total):
         embed, latent = params["embed"], params["latent"]
         ids = batch["tokens"] % 512, batch["text_target"] % 512
         score = jnp.einsum("bld,vd->blv", embed[ids[0]], embed)

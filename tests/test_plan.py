@@ -104,12 +104,12 @@ def test_a_plan_is_json_and_readable(on_cpu, capsys):
 
 def test_what_would_fit_is_said_and_true():
     step = planning.describe(small(), jax.devices())
-    need = estimate.memory(step.plan, step.state, step.batch, step.mesh)
+    need = estimate.memory(step.plan, step.state, step.batch, step.constants, step.mesh)
     tight = topology.Chip(CHIP.flops, CHIP.clock, 0.8 * need.total, CHIP.link)
     options = planning.would_fit(step, tight, need.total)
     assert "--config.mesh.fsdp=8 --config.mesh.data=-1" in options
     other = planning.describe(small(**{"mesh.fsdp": 8}), jax.devices())
-    then = estimate.memory(other.plan, other.state, other.batch, other.mesh)
+    then = estimate.memory(other.plan, other.state, other.batch, other.constants, other.mesh)
     assert then.total <= tight.hbm
     nothing = topology.Chip(CHIP.flops, CHIP.clock, 1.0, CHIP.link)
     assert planning.would_fit(step, nothing, need.total) == []
@@ -119,7 +119,7 @@ def test_what_is_kept_costs_memory_and_saves_time():
     by_remat = {}
     for remat in ("full", "attention", "qkv", "up", "mlp"):
         step = planning.describe(small(**{"model.backbone.remat": remat}), jax.devices())
-        memory = estimate.memory(step.plan, step.state, step.batch, step.mesh)
+        memory = estimate.memory(step.plan, step.state, step.batch, step.constants, step.mesh)
         seconds = estimate.seconds(step.plan, step.state, CHIP, step.mesh)
         by_remat[remat] = memory.activations, seconds
     kept, seconds = zip(*by_remat.values(), strict=True)
