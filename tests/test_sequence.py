@@ -200,8 +200,9 @@ def test_latents_go_where_a_sequence_keeps_them(layout):
         sequence.editing(layout, IMAGE, images[3], [11], images[3], ORDER, source_dropped=True),
     ]
     names = ("modality", "position", "content_position", "target_position", "latent_mean")
-    *places, mean = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
-    index = np.asarray(sequence.latent_index(*(jnp.asarray(place[None]) for place in places), 4))[0]
+    row = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    mean = row.pop("latent_mean")
+    index = np.asarray(sequence.latent_index({name: x[None] for name, x in row.items()}, 4))[0]
     kept = np.concatenate([image.mean for image in images])[np.maximum(index, 0)]
     np.testing.assert_array_equal(np.where(index[:, None] >= 0, kept, 0), mean)
     assert sorted(index[index >= 0]) == list(range(16))

@@ -210,11 +210,7 @@ def test_a_step_that_encodes_pictures_is_the_step_on_their_latents(world, refere
     latents = [
         parts.sequencer.scale.normalised(*moments) for moments in zip(mean, std, strict=True)
     ]
-    places = ("modality", "position", "content_position", "target_position")
-    index = sequence.latent_index(
-        *(jnp.asarray(batch[name]) for name in places), parts.vae.image_tokens
-    )
-    index = np.asarray(index)
+    index = np.asarray(sequence.latent_index(batch, parts.vae.image_tokens))
     with_latents = {name: x for name, x in batch.items() if name != "pictures"}
     for name in ("mean", "std"):
         moments = np.stack([getattr(picture, name) for picture in latents])

@@ -6,6 +6,7 @@ encoder's weights are constants of the step: sharded like parameters, but neithe
 nor saved; they come from the files of `config.image_tokenizer` at every start.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,10 +61,7 @@ def with_latents(
         pixels = image_tokenizer.to_pixels(pictures.reshape(rows * count, *pictures.shape[2:]))
         mean, std = _encoder(vae).bind(constants["encoder"]).encode(pixels)
     scale_C = constants["channel_std"][None, None]
-    index_BL = latent_index(
-        *(batch[name] for name in ("modality", "position", "content_position", "target_position")),
-        vae.image_tokens,
-    )
+    index_BL = latent_index(batch, vae.image_tokens)
 
     def placed(moments: jax.Array) -> jax.Array:
         moments = moments.reshape(rows, count * vae.image_tokens, vae.token_dim)
@@ -75,5 +73,6 @@ def with_latents(
     return batch
 
 
+@functools.lru_cache(maxsize=4)
 def _encoder(vae: VaeConfig) -> Functional:
     return Functional(lambda rngs: VaeEncoder(vae, rngs=rngs))

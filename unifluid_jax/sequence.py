@@ -47,9 +47,11 @@ ones: causal. Zeros over a prefix: prefix-LM.
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from unifluid_jax.errors import UserError
@@ -402,23 +404,19 @@ def fed_from_behind(
     return (target_BL >= 0) | jnp.pad(content_BL, ((0, 0), (1, 0)))
 
 
-def latent_index(
-    modality_BL: Int[Array, "B L"],
-    position_BL: Int[Array, "B L"],
-    content_BL: Int[Array, "B L"],
-    target_BL: Int[Array, "B L"],
-    image_tokens: int,
-) -> Int[Array, "B L"]:
+def latent_index(batch: Mapping[str, ArrayLike], image_tokens: int) -> Int[Array, "B L"]:
     """The latents that each position keeps, of those of all pictures of its row.
 
     Args:
-        modality_BL, position_BL, content_BL, target_BL: of packed rows that hold whole images, as
-            in training.
+        batch: packed rows that hold whole images, as in training; `modality`, `position`,
+            `content_position` and `target_position` are looked at.
         image_tokens: N.
 
     Returns:
         k N + cell, where k counts the row's `pictures`; -1 where nothing is kept.
     """
+    names = ("modality", "position", "content_position", "target_position")
+    modality_BL, position_BL, content_BL, target_BL = (jnp.asarray(batch[name]) for name in names)
     behind_BL = fed_from_behind(modality_BL, position_BL, target_BL)
     fed_here_BL = (modality_BL == Modality.LATENT) & ~behind_BL
     kept_BL = (target_BL >= 0) | fed_here_BL

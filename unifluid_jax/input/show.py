@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
@@ -140,16 +139,14 @@ def fill(batch: Batch, input_config: ConfigDict, layout: Layout) -> Table:
         name = f"{modality.name.lower()} positions"
         table.add_row(name, f"{count:.1f}", str(length), f"{count / length:.1%}")
     vision = np.count_nonzero(batch["modality"] == Modality.VISION) / layout.vision_tokens
-    places = ("modality", "position", "content_position", "target_position")
-    latents = latent_index(*(jnp.asarray(batch[name]) for name in places), layout.image_tokens)
     used = {
         "max_images": vision,
-        "max_encoded_images": np.count_nonzero(latents >= 0) / layout.image_tokens,
         "max_text_targets": np.count_nonzero(batch["text_weight"]),
         "max_image_targets": np.count_nonzero(batch["image_weight"]),
     }
-    if "pictures" not in batch:
-        del used["max_encoded_images"]
+    if "pictures" in batch:
+        kept = latent_index(batch, layout.image_tokens) >= 0
+        used["max_encoded_images"] = np.count_nonzero(kept) / layout.image_tokens
     for name, count in used.items():
         cap = input_config[name]
         share = f"{count / rows / cap:.1%}" if cap else "-"
