@@ -155,6 +155,7 @@ def make_batch(layout: Layout, rows: int) -> tuple[dict[str, np.ndarray], dict[s
         "text_target": placed(tokens[:, 1:TEXT], text, 0, np.int32),
         "text_weight": placed(np.ones((rows, 1)), text, 0, np.float32),
         "image_weight": placed(np.ones((rows, 1)), asked, 0, np.float32),
+        "behind": placed(np.ones((rows, 1)), behind, 0, np.int32),
         "content_position": placed(order[:, :-1], behind, -1, np.int32),
         "target_position": placed(order, asked, -1, np.int32),
         "latent_mean": placed(mean, asked, 0, np.float32),

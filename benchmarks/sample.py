@@ -2,14 +2,13 @@
 
     pip install -e '.[docs]'
     unifluid benchmark sample --workdir=runs/quickstart
-    unifluid train --config=experiments/quickstart.py:queries --workdir=runs/queries
-    unifluid benchmark sample --workdir=runs/queries --out=docs/benchmark_sample_queries
 
 Samplers, steps, DiSA, guidance intervals and several tokens a step: draws the same prompts with the
 same orders and keys under every setting of a list, times it, and judges the pictures; writes a
 table, the figures as JSON, and a plot. The baseline is one token at a time, 100 steps of ancestral
 sampling, guidance everywhere, no cache: every token by a pass over the whole sequence. For a model
-trained with queries the list goes on with several tokens a step.
+that has learned to draw several tokens at once (`config.input.parallel`) the list goes on with
+these.
 
 Speeds are those of the compiled program, from prefixes to image tokens, medians over batches;
 compilation and the decoding of pixels do not count. Accuracy is that of the exact judge of
@@ -84,7 +83,7 @@ class Setting:
 
 def settings(parts: Parts) -> list[Setting]:
     """What is measured for a model, the baseline first."""
-    process, queries = parts.process, parts.sequencer.layout.queries
+    process, learned = parts.process, parts.sequencer.parallel
     c = parts.config.sampling
     if isinstance(process, DDPM):
         names, fixed = ("ddpm", "ddim", "dpm"), {"clip": c.sampler.get("clip")}
@@ -97,7 +96,7 @@ def settings(parts: Parts) -> list[Setting]:
     def make(name: str, sampler: str, steps: int, cache: bool = True, **how: Any) -> Setting:
         options = {"name": sampler, "steps": steps, **fixed}
         how = {"schedule": c.schedule, **how}
-        return Setting(name, sampling_from(process, queries, options, **how), cache)
+        return Setting(name, sampling_from(process, learned, options, **how), cache)
 
     found = [make(BASELINE, slow, 100, cache=False)]
     found += [make(f"{sampler} {steps}", sampler, steps) for sampler, steps in grid]
@@ -110,14 +109,15 @@ def settings(parts: Parts) -> list[Setting]:
         make(f"{fast} 6, DiSA, interval", fast, 6, **both),
         make(f"{fast} 4, DiSA, interval", fast, 4, **interval, last_steps=2),
     ]
-    if queries:
-        for parallel in (2, 4, 8):
-            found.append(make(f"{fast} 25, k={parallel}", fast, 25, parallel=parallel))
-        found += [
-            make(f"{fast} 25, k=4 cosine", fast, 25, parallel=4, growth="cosine"),
-            make(f"{fast} 6, k=2, DiSA, interval", fast, 6, parallel=2, **both),
-            make(f"{fast} 6, k=4, DiSA, interval", fast, 6, parallel=4, **both),
-        ]
+    widths = sorted(set(learned) - {1})
+    found += [make(f"{fast} 25, k={k}", fast, 25, parallel=k) for k in widths]
+    if widths:
+        middle = widths[len(widths) // 2]
+        cosine = {"parallel": middle, "growth": "cosine"}
+        found.append(make(f"{fast} 25, k={middle} cosine", fast, 25, **cosine))
+    for k in widths:
+        found.append(make(f"{fast} 10, k={k}, interval", fast, 10, parallel=k, **interval))
+        found.append(make(f"{fast} 6, k={k}, DiSA, interval", fast, 6, parallel=k, **both))
     return found
 
 
@@ -224,7 +224,7 @@ class Bench:
         parts, c = self.model.parts, self.model.config.sampling
         length = parts.sequencer.prefix_length("generate")
         if not setting.cache:
-            length += parts.sequencer.layout.target_length - 1
+            length += parts.sequencer.layout.image_tokens - 1
         branches = [
             [self._sequence(i, dropped, whole=not setting.cache) for i in rows]
             for dropped in (False, True)

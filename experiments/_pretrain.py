@@ -74,7 +74,6 @@ def pretrain(
     config.model.position_init = 1.0
     config.model.target_in_head = True
     config.model.bidirectional_prefix = False
-    config.model.queries = False
 
     # MAR's process and its four draws for each token; the paper's weight of the text.
     config.diffusion = ConfigDict({"process": "ddpm", "learned_variance": False})
@@ -100,6 +99,7 @@ def pretrain(
             "max_encoded_images": 0,
             "max_prompt_tokens": 20 if debug else 126,
             "order": "random",
+            "parallel": (1,),  # image tokens asked for at once
             "text_drop": 0.1,
             "source_drop": 0.0,
             "edit_vision": True,

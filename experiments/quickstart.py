@@ -15,8 +15,9 @@ What else differs, and why, is said at each field.
 Expected: 17 minutes on two cores; the README has the scores.
 
 Arguments: `steps`, `order` ("random" or "raster"), `process` ("flow" or "ddpm"; the second is MAR's
-and takes about twice the steps to make tokens agree with each other), `queries` (a model that can
-draw several tokens at once: `unifluid benchmark sample` measures it), `debug` (a CPU minute).
+and takes about twice the steps to make tokens agree with each other), `parallel` (the most image
+tokens that the model learns to draw at once; `unifluid benchmark sample` measures what that is
+worth), `debug` (a CPU minute).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=3400, order="random", process="flow", queries=False, debug=False)
+    arg = parse_arg(arg, steps=3400, order="random", process="flow", parallel=1, debug=False)
     width = 32 if arg.debug else 128
     config = ConfigDict()
     config.task = "unifluid"
@@ -71,7 +72,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.position_init = 1.0
     config.model.target_in_head = True
     config.model.bidirectional_prefix = False
-    config.model.queries = arg.queries
 
     if arg.process == "ddpm":
         config.diffusion = ConfigDict({"process": "ddpm", "learned_variance": False})
@@ -87,14 +87,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.input = ConfigDict(
         {
             "batch_size": 8,
-            # As many pictures a row either way: queries double the length of one.
-            "seq_len": 192 if arg.queries else 128,
+            "seq_len": 128,
             "max_images": 1,
             "max_text_targets": 24,
             "max_image_targets": 64,
             "max_encoded_images": 0,  # of a row, by the step itself: latents are cached
             "max_prompt_tokens": 20,
             "order": arg.order,
+            "parallel": tuple(2**i for i in range(arg.parallel.bit_length())),
             "text_drop": 0.1,
             "source_drop": 0.0,  # 0.05 for guidance by the source of an edit
             "edit_vision": False,  # the latents show all that a recolouring needs, in less length

@@ -14,36 +14,30 @@ from unifluid_jax import decode, decode_image, sequence
 from unifluid_jax.decode_image import Given, ImageSampling, sampling_from, stages
 from unifluid_jax.diffusion import process_from
 from unifluid_jax.errors import UserError
-from unifluid_jax.models.functional import Functional
-from unifluid_jax.models.unifluid import UniFluid
 from unifluid_jax.samplers import guidance_at, guided, sampler_from
 from unifluid_jax.sequence import Latents
 
 FLOW = process_from(process="flow")
 HOW = ImageSampling(sampler_from(FLOW, steps=3), schedule="linear")
-PLAIN = ("causal", "generate", False)
-# Layout, task, queries.
-CASES = [PLAIN, ("bidirectional", "edit", False), ("causal", "generate", True)]
-CASES += [("bidirectional", "edit", True)]
+PLAIN = ("causal", "generate")
+CASES = [PLAIN, ("bidirectional", "edit")]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-two_cases = pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=["shifted", "queried"])
+# Tokens at once, and how they grow.
+GROUPS = [(1, "constant"), (2, "constant"), (3, "constant"), (2, "cosine")]
+groups = pytest.mark.parametrize("parallel, growth", GROUPS, ids=str)
 
-
-@functools.cache
-def model(queries):
-    config = dataclasses.replace(decoding.CONFIG, queries=queries)
-    return Functional(lambda rngs: UniFluid(config, rngs=rngs))
+MODEL = decoding.make_model()
 
 
 @pytest.fixture(scope="module")
 def params():
-    return make_params(model(False))
+    return make_params(MODEL)
 
 
 def example(case, row, branch=0, target=None, given=None):
     """The prefix of a row in a branch; with `target` [N, C], the whole, or what is given of it."""
-    name, task, queries = case
-    layout = dataclasses.replace(LAYOUTS[name], queries=queries)
+    name, task = case
+    layout = LAYOUTS[name]
     prompt = PROMPTS[row] if branch == 0 else sequence.dropped(layout, PROMPTS[row])
     target = None if target is None else Latents(np.asarray(target), np.zeros((N, C), np.float32))
     if task == "generate":
@@ -67,7 +61,7 @@ def call(
         for branch in range(len(guidance) + 1)
     ]
     arguments = (
-        model(case[2]),
+        MODEL,
         params,
         decode_image.branched(branches, length),
         np.stack([order(row) for row in rows]),
@@ -97,7 +91,7 @@ def run_head(model, params, z_G1D, scales, key, sampler):
 
 def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
     """Without cache, padding or batch: full passes over whole images, of which z is taken."""
-    bound = model(case[2]).bind(params)
+    bound = MODEL.bind(params)
     pictures = []
     for row, key in enumerate(keys()):
         tokens = np.zeros((N, C), np.float32) if known is None else np.array(known[row])
@@ -107,15 +101,13 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
                 for i in range(max(first, counts[row]), first + stage.width):
                     cell, z = order(row)[i], []
                     for branch in range(len(guidance) + 1):
-                        # Any cell may be asked for next: the present one is put there.
-                        whole = example_with(case, row, branch, tokens, max(first, counts[row]), i)
-                        batch = decode.stack([whole[0]], 40)
-                        hidden = run_full(model(case[2]), params, batch)[:, whole[1]]
+                        whole, at = asked(case, row, branch, tokens, counts[row], how)
+                        hidden = run_full(MODEL, params, decode.stack([whole], 40))[:, at + i]
                         z.append(bound.condition(hidden[:, None], jnp.full((1, 1), cell))[:, 0])
                     fraction = (first + stage.width) / N
                     scales = [guidance_at(how.schedule, w, fraction, how.power) for w in guidance]
                     key_i = jax.random.fold_in(key, i)[None]
-                    head = model(case[2]), params, jnp.stack(z), scales
+                    head = MODEL, params, jnp.stack(z), scales
                     drawn[cell] = run_head(*head, key_i, stage.sampler)[0]
                 for cell, x in drawn.items():
                     tokens[cell] = x
@@ -123,22 +115,26 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
     return np.stack(pictures)
 
 
-def example_with(case, row, branch, tokens, known, i):
-    """The training sequence whose token number `known` is the i-th of the order, and its place."""
-    changed = order(row)
-    changed[[known, i]] = changed[[i, known]]
-    name, task, queries = case
-    layout = dataclasses.replace(LAYOUTS[name], queries=queries)
+def asked(case, row, branch, tokens, count, how):
+    """The training sequence of an image whose first `count` tokens came one by one, the others as
+    the settings say; and the place that asks for its first token."""
+    name, task = case
+    layout = LAYOUTS[name]
+    sizes = sequence.group_sizes(N, how.parallel, how.growth)
+    ends = np.cumsum(sizes).tolist()
+    groups = [1] * count + [
+        min(s, e - count) for s, e in zip(sizes, ends, strict=True) if e > count
+    ]
     target = Latents(tokens, np.zeros((N, C), np.float32))
     prompt = PROMPTS[row] if branch == 0 else sequence.dropped(layout, PROMPTS[row])
     if task == "generate":
-        whole = sequence.generation(layout, prompt, target, changed)
+        whole = sequence.generation(layout, prompt, target, order(row), groups=groups)
     else:
         source = (decoding.picture(row), latents(row))
         whole = sequence.editing(
-            layout, *source, prompt, target, changed, source_dropped=branch == 2
+            layout, *source, prompt, target, order(row), groups=groups, source_dropped=branch == 2
         )
-    return whole, np.flatnonzero(whole.image_weight)[known]
+    return whole, np.flatnonzero(whole.image_weight)[0]
 
 
 @cases
@@ -148,40 +144,33 @@ def test_images_equal_a_plain_loop_of_full_passes(params, case):
     np.testing.assert_allclose(fast, slow, atol=1e-4)
 
 
-@pytest.mark.parametrize("parallel, growth", [(3, "constant"), (2, "cosine")])
+@pytest.mark.parametrize("parallel, growth", GROUPS[1:], ids=str)
 def test_several_tokens_a_step_equal_a_plain_loop(params, parallel, growth):
     how = dataclasses.replace(HOW, parallel=parallel, growth=growth, last_steps=2)
-    case = ("causal", "generate", True)
-    fast, slow = draw(case, params, how=how), slow_images(case, params, (2.5,), how)
+    fast, slow = draw(PLAIN, params, how=how), slow_images(PLAIN, params, (2.5,), how)
     np.testing.assert_allclose(fast, slow, atol=1e-4)
-    assert np.abs(fast - draw(case, params)).max() > 0.01
+    assert np.abs(fast - draw(PLAIN, params)).max() > 0.01
 
 
-@two_cases
-def test_given_tokens_are_kept_and_seen(params, case):
+@cases
+@groups
+def test_given_tokens_are_kept_and_seen(params, case, parallel, growth):
+    how = dataclasses.replace(HOW, parallel=parallel, growth=growth)
     known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
     counts = [1, 0, 3]
-    fast = draw(case, params, known=known, counts=counts)
-    slow = slow_images(case, params, (2.5,), known=known, counts=counts)
+    fast = draw(case, params, how=how, known=known, counts=counts)
+    slow = slow_images(case, params, (2.5,), how, known, counts)
     np.testing.assert_allclose(fast, slow, atol=1e-4)
     for row, count in enumerate(counts):
         kept = order(row)[:count]
         np.testing.assert_array_equal(fast[row, kept], known[row, kept])
         assert (fast[row] != known[row]).any(axis=-1).sum() == N - count
-    everything = draw(case, params, known=known, counts=[N] * 3)
+    everything = draw(case, params, how=how, known=known, counts=[N] * 3)
     np.testing.assert_array_equal(everything, known)
 
 
-def test_given_tokens_in_the_midst_of_a_group(params):
-    case, how = ("causal", "generate", True), dataclasses.replace(HOW, parallel=2)
-    known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
-    fast = draw(case, params, how=how, known=known, counts=[1, 0, 3])
-    slow = slow_images(case, params, (2.5,), how, known, [1, 0, 3])
-    np.testing.assert_allclose(fast, slow, atol=1e-4)
-
-
 def test_three_branches_guide_by_text_and_source_apart(params):
-    case = ("causal", "edit", False)
+    case = ("causal", "edit")
     fast = draw(case, params, guidance=(2.5, 1.5))
     np.testing.assert_allclose(fast, slow_images(case, params, (2.5, 1.5)), atol=1e-4)
     # With both scales 1 it is the first branch alone.
@@ -189,26 +178,27 @@ def test_three_branches_guide_by_text_and_source_apart(params):
     np.testing.assert_allclose(one, draw(case, params, guidance=()), atol=1e-4)
 
 
-@two_cases
-def test_a_step_at_a_time_is_the_same(params, case):
-    how = dataclasses.replace(HOW, parallel=2) if case[2] else HOW
+@groups
+def test_a_step_at_a_time_is_the_same(params, parallel, growth):
+    how = dataclasses.replace(HOW, parallel=parallel, growth=growth)
     known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
     counts = [1, 2, 3]
-    positional, named = call(case, params, how=how, known=known, counts=counts)
+    positional, named = call(CASES[1], params, how=how, known=known, counts=counts)
     shown = [(np.asarray(x), n) for x, n in decode_image.stream(*positional, **named)]
-    whole = draw(case, params, how=how, known=known, counts=counts)
+    whole = draw(CASES[1], params, how=how, known=known, counts=counts)
     np.testing.assert_allclose(shown[-1][0], whole, atol=1e-5)
     np.testing.assert_array_equal((shown[0][0] != 0).any(axis=-1).sum(axis=1), counts)
-    assert [n for _, n in shown] == ([1, 2, 4] if case[2] else [1, 2, 3, 4])
+    ends = np.cumsum(sequence.group_sizes(N, parallel, growth)).tolist()
+    assert [n for _, n in shown] == [1, *(end for end in ends if end > 1)]
     for (before, _), (after, count) in zip(shown, shown[1:], strict=False):
         done = (before != 0).any(axis=-1)
         np.testing.assert_array_equal(before[done], after[done])
         assert ((after != 0).any(axis=-1).sum(axis=1) >= count).all()
 
 
-@two_cases
-def test_a_picture_does_not_depend_on_the_batch_around_it(params, case):
-    how = dataclasses.replace(HOW, parallel=2) if case[2] else HOW
+@pytest.mark.parametrize("case, parallel", [(CASES[1], 1), (PLAIN, 2)], ids=str)
+def test_a_picture_does_not_depend_on_the_batch_around_it(params, case, parallel):
+    how = dataclasses.replace(HOW, parallel=parallel)
     together = draw(case, params, how=how)
     for row in range(len(PROMPTS)):
         alone = draw(case, params, [row], how=how)
@@ -246,9 +236,9 @@ def test_one_row_of_null_text_stands_for_all(params):
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        (("bidirectional", "generate", False), {}),  # the nulls of a longer prompt are seen
-        (("causal", "edit", False), {}),  # sources are unlike
-        (("causal", "edit", False), {"branches": 3}),  # the vision tower's rows are of all branches
+        (("bidirectional", "generate"), {}),  # the nulls of a longer prompt are seen
+        (("causal", "edit"), {}),  # sources are unlike
+        (("causal", "edit"), {"branches": 3}),  # the vision tower's rows are of all branches
         (PLAIN, {"given": 2}),
         (PLAIN, {"rows": (1,)}),
         (PLAIN, {"branches": 1}),
@@ -293,7 +283,7 @@ def test_one_program_serves_all_prompts_keys_and_settings(params):
 
 def test_outside_the_interval_the_unconditional_branch_is_not_run(params, monkeypatch):
     rows = []
-    bound = type(model(False).bind(params).head)
+    bound = type(MODEL.bind(params).head)
     plain = bound.__call__
 
     def counting(self, x, t, z):
@@ -331,21 +321,6 @@ def test_the_limit_bounds_the_length_of_a_token(params):
 # --- stages ---
 
 
-def test_group_sizes():
-    sizes = decode_image.group_sizes
-    assert sizes(16, 1, "constant") == sizes(16, 1, "cosine") == [1] * 16
-    assert sizes(16, 4, "constant") == [4, 4, 4, 4]
-    assert sizes(16, 5, "constant") == [1, 5, 5, 5]
-    assert sizes(4, 9, "constant") == sizes(4, 9, "cosine") == [4]
-    assert sizes(256, 32, "cosine") == [5, 14, 24, 32, 39, 44, 48, 50]
-    for count in (1, 7, 16, 256):
-        for parallel in (1, 2, 3, 5, 8, 300):
-            for growth in ("constant", "cosine"):
-                found = sizes(count, parallel, growth)
-                assert sum(found) == count and min(found) >= 1
-                assert found == sorted(found) and len(found) == -(-count // min(parallel, count))
-
-
 def test_stages_of_disa_take_fewer_steps_as_more_is_known():
     sampler = sampler_from(FLOW, steps=20)
     found = stages(16, ImageSampling(sampler, last_steps=5))
@@ -353,14 +328,11 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
         (0, 4, 1, 20), (4, 4, 1, 15), (8, 4, 1, 10), (12, 4, 1, 5)
     ]  # fmt: skip
     (one,) = stages(16, ImageSampling(sampler, parallel=4))
-    assert one == (0, 4, 4, sampler)
+    assert one == (0, 4, 4, 0, sampler)
     grown = stages(16, ImageSampling(sampler, parallel=4, growth="cosine"))
-    assert [(s.first, s.groups, s.width) for s in grown] == [
-        (0, 1, 1),
-        (1, 1, 4),
-        (5, 1, 5),
-        (10, 1, 6),
-    ]
+    assert [(s.first, s.groups, s.width, s.before) for s in grown] == [
+        (0, 1, 1, 0), (1, 1, 4, 1), (5, 1, 5, 4), (10, 1, 6, 5)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -376,7 +348,7 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
         ({"last_steps": 0}, "0 sampling steps: set 1 or more"),
         ({"last_steps": 9}, "last_steps is 9 and the sampler's steps are 3"),
         ({"parallel": 0}, "parallel is 0: draw 1 token or more"),
-        ({"parallel": 2}, "parallel=2 needs a model trained with config.model.queries=True"),
+        ({"parallel": 3}, "parallel=3, and the model has learned to draw at most 2 at once"),
         ({"growth": "square"}, 'growth is "square": set it to constant or cosine'),
         ({"limit": 0.0}, "limit is 0.0: set it above 0"),
         ({"limit": float("nan")}, "limit is nan"),
@@ -386,7 +358,7 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        sampling_from(FLOW, False, **{"sampler": {"steps": 3}, **fields})
+        sampling_from(FLOW, (1, 2), **{"sampler": {"steps": 3}, **fields})
 
 
 def test_prefixes_that_do_not_fit_the_branches_are_refused(params):

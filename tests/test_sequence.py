@@ -127,33 +127,55 @@ def test_slots_hold_every_target_once():
     np.testing.assert_array_equal(index[2, :2], [0, 4])
 
 
-QUERIED = Layout(**{**vars(LAYOUT), "queries": True})
+@pytest.mark.parametrize(
+    "groups, step, behind, content",
+    [
+        ([1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [-1, 2, 0, 3]),
+        ([2, 2], [1, 0, 1, 0], [0, 0, 2, 2], [-1, -1, 2, 0]),
+        ([4], [1, 0, 0, 0], [0, 0, 0, 0], [-1, -1, -1, -1]),
+        # A longer group than the one before: its last positions are fed.
+        ([1, 3], [1, 1, 0, 0], [0, 0, 0, 3], [-1, -1, -1, 2]),
+        ([1, 1, 2], [1, 1, 1, 0], [0, 1, 0, 2], [-1, 2, -1, 0]),
+    ],
+)
+def test_groups_are_steps_fed_the_group_before(groups, step, behind, content):
+    s = sequence.generation(LAYOUT, [10, 11], latents(), ORDER, groups=groups)
+    assert len(s) == 3 + 4
+    np.testing.assert_array_equal(s.step[3:], step)
+    np.testing.assert_array_equal(s.behind[3:], behind)
+    np.testing.assert_array_equal(s.content_position[3:], content)
+    is_boi = np.array(content) < 0
+    np.testing.assert_array_equal(s.modality[3:] == Modality.TEXT, is_boi)
+    np.testing.assert_array_equal(s.tokens[3:], np.where(is_boi, LAYOUT.boi, 0))
+    # All else is as with one token at a time.
+    alone = sequence.generation(LAYOUT, [10, 11], latents(), ORDER)
+    for name in ("position", "target_position", "latent_mean", "latent_std", "image_weight"):
+        np.testing.assert_array_equal(getattr(s, name), getattr(alone, name))
+    # What is fed is the latent of the cell that it is said to be.
+    at = np.flatnonzero(s.modality == Modality.LATENT)
+    fed = s.latent_mean[at - s.behind[at]]
+    np.testing.assert_array_equal(fed, latents().mean[s.content_position[at]])
 
 
-def test_queries_alternate_with_contents():
-    s = sequence.generation(QUERIED, [10, 11], latents(), ORDER)
-    assert len(s) == 3 + QUERIED.target_length == 3 + 7
-    query, content = Modality.QUERY, Modality.LATENT
-    np.testing.assert_array_equal(s.modality[3:], [query, content] * 3 + [query])
-    np.testing.assert_array_equal(s.tokens[3::2], [LAYOUT.boi] * 4)
-    np.testing.assert_array_equal(s.target_position[3:], [2, -1, 0, -1, 3, -1, 1])
-    np.testing.assert_array_equal(s.content_position[3:], [-1, 2, -1, 0, -1, 3, -1])
-    # What is asked for stands where the answer will.
-    np.testing.assert_array_equal(s.position, [0, 1, 2, 3, 3, 4, 4, 5, 5, 6])
-    np.testing.assert_array_equal(s.latent_mean[3::2], latents().mean[ORDER])
-    np.testing.assert_array_equal(s.latent_std[3::2], latents().std[ORDER])
-    np.testing.assert_array_equal(s.image_weight, [0, 0, 0, 1, 0, 1, 0, 1, 0, 1])
+def test_all_of_a_group_see_each_other_and_nothing_after():
+    s = sequence.generation(LAYOUT, [10], latents(), ORDER, groups=[2, 2])
+    mask = sequence.attention_mask(jnp.asarray(s.step[None]), jnp.ones((1, len(s)), int))[0]
+    np.testing.assert_array_equal(mask.sum(axis=1), [1, 2, 4, 4, 6, 6])
 
 
-def test_nothing_but_itself_sees_a_query():
-    s = sequence.generation(QUERIED, [10], latents(), ORDER)
-    mask = sequence.attention_mask(
-        jnp.asarray(s.step[None]), jnp.ones((1, len(s)), int), jnp.asarray(s.modality[None])
-    )[0]
-    queries = np.flatnonzero(s.modality == Modality.QUERY)
-    for i in range(len(s)):
-        expected = [j for j in range(i + 1) if j == i or j not in queries]
-        np.testing.assert_array_equal(np.flatnonzero(mask[i]), expected)
+def test_group_sizes():
+    sizes = sequence.group_sizes
+    assert sizes(16, 1, "constant") == sizes(16, 1, "cosine") == [1] * 16
+    assert sizes(16, 4, "constant") == [4, 4, 4, 4]
+    assert sizes(16, 5, "constant") == [1, 5, 5, 5]
+    assert sizes(4, 9, "constant") == sizes(4, 9, "cosine") == [4]
+    assert sizes(256, 32, "cosine") == [5, 14, 24, 32, 39, 44, 48, 50]
+    for count in (1, 7, 16, 256):
+        for parallel in (1, 2, 3, 5, 8, 300):
+            for growth in ("constant", "cosine"):
+                found = sizes(count, parallel, growth)
+                assert sum(found) == count and min(found) >= 1
+                assert found == sorted(found) and len(found) == -(-count // min(parallel, count))
 
 
 @pytest.mark.parametrize("given", [0, 1, 3, 4])
@@ -162,19 +184,11 @@ def test_given_tokens_are_part_of_the_prefix(given):
     whole = sequence.generation(LAYOUT, [10], latents(), ORDER)
     known = min(given, 3)  # the last place asks for the last token, given or not
     assert len(shifted) == 2 + known + 1 and not shifted.image_weight.any()
-    for name in ("tokens", "modality", "position", "content_position", "target_position"):
+    for name in (
+        "tokens", "modality", "position", "behind", "content_position", "target_position"
+    ):  # fmt: skip
         np.testing.assert_array_equal(getattr(shifted, name), getattr(whole, name)[: len(shifted)])
     np.testing.assert_array_equal(shifted.latent_mean[2 : 2 + known], latents().mean[ORDER[:known]])
-
-    queried = sequence.generation(QUERIED, [10], latents(), ORDER, given)
-    assert len(queried) == len(shifted) and not queried.image_weight.any()
-    np.testing.assert_array_equal(
-        queried.modality[2:], [Modality.LATENT] * known + [Modality.QUERY]
-    )
-    np.testing.assert_array_equal(queried.content_position[2:], [*ORDER[:known], -1])
-    np.testing.assert_array_equal(queried.target_position[2:], [-1] * known + [ORDER[known]])
-    np.testing.assert_array_equal(queried.latent_mean[2 : 2 + known], latents().mean[ORDER[:known]])
-    np.testing.assert_array_equal(queried.position, np.arange(len(queried)))
 
 
 def test_a_dropped_source_leaves_null_tokens_in_its_place():
@@ -188,18 +202,18 @@ def test_a_dropped_source_leaves_null_tokens_in_its_place():
         np.testing.assert_array_equal(getattr(s, name)[9:], getattr(kept, name)[9:])
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, QUERIED], ids=["shifted", "queried"])
-def test_latents_go_where_a_sequence_keeps_them(layout):
+@pytest.mark.parametrize("groups", [(), (2, 2), (1, 3)], ids=str)
+def test_latents_go_where_a_sequence_keeps_them(groups):
     """From the moments of all pictures of a row, each position is given what it holds."""
     images = [latents(100.0 * i) for i in range(4)]
     order = np.roll(ORDER, 1)
     parts = [
-        sequence.generation(layout, [10], images[0], ORDER),
-        sequence.understanding(layout, IMAGE, [10], [20]),
-        sequence.editing(layout, None, images[1], [11], images[2], order),
-        sequence.editing(layout, IMAGE, images[3], [11], images[3], ORDER, source_dropped=True),
+        sequence.generation(LAYOUT, [10], images[0], ORDER, groups=groups),
+        sequence.understanding(LAYOUT, IMAGE, [10], [20]),
+        sequence.editing(LAYOUT, None, images[1], [11], images[2], order, groups=groups),
+        sequence.editing(LAYOUT, IMAGE, images[3], [11], images[3], ORDER, source_dropped=True),
     ]
-    names = ("modality", "position", "content_position", "target_position", "latent_mean")
+    names = ("modality", "behind", "content_position", "target_position", "latent_mean")
     row = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     mean = row.pop("latent_mean")
     index = np.asarray(sequence.latent_index({name: x[None] for name, x in row.items()}, 4))[0]

@@ -162,7 +162,6 @@ def unifluid(folder, **changes):
         "position_init": 1.0,
         "target_in_head": True,
         "bidirectional_prefix": False,
-        "queries": False,
     }
     config.diffusion = {"process": "ddpm", "learned_variance": False}
     config.loss = {"text_weight": 0.2, "draws": 2, "text_chunk": 0, "latent_noise": 1.0}
@@ -175,6 +174,7 @@ def unifluid(folder, **changes):
         "max_encoded_images": 0,
         "max_prompt_tokens": 12,
         "order": "random",
+        "parallel": (1,),
         "text_drop": 0.1,
         "source_drop": 0.0,
         "edit_vision": True,

@@ -66,12 +66,12 @@ def make_config(folder, evals=None):
         "position_init": 0.02,
         "target_in_head": True,
         "bidirectional_prefix": False,
-        "queries": False,
     }  # fmt: skip
     config.diffusion = {"process": "flow"}
     config.input = {
         "max_prompt_tokens": 16,
         "order": "random",
+        "parallel": (1,),
         "text_drop": 0.1,
         "source_drop": 0.0,
         "edit_vision": True,

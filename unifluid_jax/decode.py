@@ -22,12 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
-from unifluid_jax.sequence import Sequence
+from unifluid_jax.sequence import Sequence, attention_mask
 
 # What padding holds: zero, but here.
 _PADDING = {"content_position": -1, "target_position": -1}
 # What a prefix is read by; the rest of a `Sequence` are targets.
-_FIELDS = ("tokens", "modality", "position", "step", "latent_mean", *_PADDING)
+_FIELDS = ("tokens", "modality", "position", "step", "latent_mean", "behind", *_PADDING)
 
 
 def stack(sequences: list[Sequence], length: int) -> dict[str, np.ndarray]:
@@ -68,10 +68,8 @@ class State(NamedTuple):
     slot: Int[Array, ""]
 
 
-def fill(
-    model: UniFluid, prefix: Batch, room: int
-) -> tuple[Float[Array, "B P D"], Float[Array, "B P D"], Cache]:
-    """Embeddings and hidden states of prefixes, and a cache that holds them.
+def fill(model: UniFluid, prefix: Batch, room: int) -> tuple[Float[Array, "B P D"], Cache]:
+    """Hidden states of prefixes, and a cache that holds them.
 
     Args:
         prefix: from `stack`. Latents in it (the source of an edit) are fed at their mean.
@@ -79,14 +77,13 @@ def fill(
     """
     rows, length = prefix["segment"].shape
     x_BPD = model.embed(prefix, prefix["latent_mean"])
-    mask_BPP = model.packed(prefix).mask()
-    hidden_BPD, cache = model.backbone(
+    mask_BPP = attention_mask(prefix["step"], prefix["segment"])
+    return model.backbone(
         x_BPD,
         prefix["position"],
         jnp.pad(mask_BPP, ((0, 0), (0, 0), (0, room))),
         model.backbone.init_cache(rows, length + room),
     )
-    return x_BPD, hidden_BPD, cache
 
 
 def rows_of(cache: Cache, index: ArrayLike) -> Cache:
@@ -107,7 +104,7 @@ def prefill(model: UniFluid, prefix: Batch, room: int) -> tuple[Float[Array, "B 
         The hidden state of each row's last position, which predicts what follows; and the state.
     """
     valid_BP = prefix["segment"] > 0
-    _, hidden_BPD, cache = fill(model, prefix, room)
+    hidden_BPD, cache = fill(model, prefix, room)
     length = valid_BP.shape[1]
     length_B = valid_BP.sum(axis=1)
     last_BD = jnp.take_along_axis(hidden_BPD, length_B[:, None, None] - 1, axis=1)[:, 0]

@@ -1,10 +1,9 @@
 """Cached decoding of image tokens: one compiled program, or the same a step at a time.
 
 The prefix goes through the model once; then a loop makes the tokens, in the order given, one group
-at a time: a pass of the backbone for the group, and the head's diffusion inside. A model without
-queries is fed the token before and makes one token a step; one with queries (see `sequence.py`) is
-fed the tokens of the group before and one query per token of the group: all of a group are drawn at
-once, each given everything but the others of its group.
+(see `sequence.py`) at a time: a pass of the backbone, which is fed the tokens of the group before,
+and the head's diffusion inside. All of a group are drawn at once, each given everything but the
+others of its group. Groups of one are sequential decoding.
 
 Guidance decodes several branches of every picture side by side, from the most to the least
 conditional: (text, none); for edits with a scale for the source too (text and source, source,
@@ -17,14 +16,13 @@ Prompts, keys, guidance and temperature are traced: one program serves all of th
 per number of rows, prefix length and `ImageSampling`.
 
 Letters: as in `decode.py`, and G branches of guidance, R = G B rows of them, F prefixes fed for
-these, K tokens of a group, S slots of the cache.
+these, K tokens of a group.
 """
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +38,7 @@ from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
 from unifluid_jax.samplers import Sampler, guidance_at, guided, sampler_from, within
-from unifluid_jax.sequence import Modality
+from unifluid_jax.sequence import Modality, group_sizes
 from unifluid_jax.sequence import Sequence as TokenSequence
 
 _BUCKETS = 4  # numbers of diffusion steps that DiSA's schedule takes: each is compiled
@@ -60,7 +58,7 @@ class ImageSampling:
         last_steps: diffusion steps of the last tokens, the sampler's own being those of the first;
             between, they fall linearly in four stages (DiSA, arXiv 2505.20297: the more tokens are
             known, the less is left to decide). None keeps them as they are.
-        parallel: tokens drawn in a step, on average; above 1 only for a model with queries.
+        parallel: tokens drawn in a step, on average; above 1 only for a model trained with groups.
         growth: "constant", or "cosine" for few tokens in the first steps and many in the last
             (MaskGIT).
         limit: bound on the root mean square of a drawn token over its dims, in standard deviations
@@ -105,13 +103,14 @@ class ImageSampling:
 
 
 def sampling_from(
-    process: Process, queries: bool, sampler: Mapping[str, Any], **fields: Any
+    process: Process, learned: Iterable[int], sampler: Mapping[str, Any], **fields: Any
 ) -> ImageSampling:
     """An `ImageSampling` from plain values.
 
     Args:
         process: of the diffusion head.
-        queries: whether the model has been trained with queries (`config.model.queries`).
+        learned: numbers of tokens at once that the model has been trained with
+            (`config.input.parallel`); fewer than the most of them will do as well.
         sampler: `name` and fields of the sampler, see `samplers.sampler_from`.
         **fields: of `ImageSampling`; those left out have their defaults.
 
@@ -123,10 +122,10 @@ def sampling_from(
         if len(fields["interval"]) != 2:
             raise UserError(f"the guidance interval is {fields['interval']}: set two times")
     sampling = ImageSampling(sampler_from(process, **sampler), **fields)
-    if sampling.parallel > 1 and not queries:
+    if sampling.parallel > max(learned):
         raise UserError(
-            f"parallel={sampling.parallel} needs a model trained with config.model.queries=True:"
-            " set parallel to 1"
+            f"parallel={sampling.parallel}, and the model has learned to draw at most"
+            f" {max(learned)} at once (config.input.parallel): set parallel to that or less"
         )
     return sampling
 
@@ -150,12 +149,14 @@ class Stage(NamedTuple):
         first: number of tokens known before its first step.
         groups: number of steps.
         width: K, tokens of a step.
+        before: tokens of the step before its first one, 0 if there is none.
         sampler: of the diffusion head.
     """
 
     first: int
     groups: int
     width: int
+    before: int
     sampler: Sampler
 
 
@@ -172,27 +173,9 @@ def stages(count: int, how: ImageSampling) -> list[Stage]:
         if found and (found[-1].width, found[-1].sampler) == (width, sampler):
             found[-1] = found[-1]._replace(groups=found[-1].groups + 1)
         else:
-            found.append(Stage(known, 1, width, sampler))
+            found.append(Stage(known, 1, width, found[-1].width if found else 0, sampler))
         known += width
     return found
-
-
-def group_sizes(count: int, parallel: int, growth: str) -> list[int]:
-    """Numbers of tokens of the steps, `parallel` on average, never falling; they add up to `count`.
-
-    A remainder goes first, where the least is known.
-    """
-    parallel = min(parallel, count)
-    steps = -(-count // parallel)
-    if growth == "constant":
-        rest = count - (steps - 1) * parallel
-        return [rest] + [parallel] * (steps - 1)
-    known = [count * (1 - math.cos(math.pi / 2 * s / steps)) for s in range(steps + 1)]
-    sizes = sorted(max(1, round(b) - round(a)) for a, b in itertools.pairwise(known))
-    sizes[-1] += max(count - sum(sizes), 0)
-    while sum(sizes) > count:  # at least one in each: taken back from the largest
-        sizes[sizes.index(max(sizes))] -= 1
-    return sorted(sizes)
 
 
 class _Fixed(NamedTuple):
@@ -201,14 +184,12 @@ class _Fixed(NamedTuple):
     Attributes:
         valid_RP: positions of the prefix that are looked at; R = G B rows, branch by branch.
         base_R: RoPE position of what stands where token 0 is asked for.
-        first_RD: embedding of the last position of the prefix, which asks for the first token.
-        boi_RD: embedding of BOI, what a query is fed.
+        boi_BD: embedding of BOI, fed where there is no token to feed.
     """
 
     valid_RP: Array
     base_R: Array
-    first_RD: Array
-    boi_RD: Array
+    boi_BD: Array
     order_BN: Array
     key_B: Array
     count_B: Array
@@ -288,7 +269,7 @@ def images(
         how: all other settings.
     """
     model: UniFluid = functional.bind(params).unstacked()
-    fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given, how)
+    fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given)
     for stage in stages(order_BN.shape[1], how):
 
         def body(group: Array, progress: _Progress, stage: Stage = stage) -> _Progress:
@@ -321,7 +302,7 @@ def stream(
         known = np.argsort(order_BN, axis=1) < given.count_B[:, None]
         given = given._replace(tokens_BNC=np.where(known[:, :, None], given.tokens_BNC, 0))
     fixed, progress = _started(
-        functional, params, prefix, order_BN, key_B, guidance, temperature, given, how=how
+        functional, params, prefix, order_BN, key_B, guidance, temperature, given
     )
     # Handed out as copies: the next step overwrites its buffers.
     yield jnp.copy(progress.tokens_BNC), least
@@ -337,9 +318,9 @@ def _passed(least: ArrayLike, stage: Stage) -> Array:
     return jnp.clip((least - stage.first) // stage.width, 0, stage.groups)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="how")
-def _started(functional, params, *arguments, how):
-    return _begin(functional.bind(params), *arguments, how)
+@functools.partial(jax.jit, static_argnums=0)
+def _started(functional, params, *arguments):
+    return _begin(functional.bind(params), *arguments)
 
 
 @functools.partial(
@@ -357,9 +338,8 @@ def _begin(
     guidance: tuple[Array, ...],
     temperature: Array,
     given: Given | None,
-    how: ImageSampling,
 ) -> tuple[_Fixed, _Progress]:
-    """Feeds the prefixes, all but their last position, which the first step feeds."""
+    """Feeds the prefixes, all but their last position, which belongs to the first step."""
     (rows, count), branches = order_BN.shape, len(guidance) + 1
     fed, length = prefix["segment"].shape
     shared = branches > 1 and rows > 1 and fed == (branches - 1) * rows + 1
@@ -373,7 +353,7 @@ def _begin(
     length_F = (prefix["segment"] > 0).sum(axis=1) - 1
     valid_FP = jnp.arange(length)[None] < length_F[:, None]
     prefix = {**prefix, "segment": valid_FP.astype(jnp.int32)}
-    x_FPD, _, cache = fill(model, prefix, _gap(model, count, how) + count)
+    _, cache = fill(model, prefix, count)
     # Rows of the least conditional branch are as long as those of the most conditional one, and end
     # alike; where one row stands for all of them, only what was before the end is its own.
     row_R, owner_R = (jnp.arange(branches * rows),) * 2
@@ -382,12 +362,12 @@ def _begin(
         owner_R = jnp.minimum(owner_R, fed - 1)
         cache = rows_of(cache, owner_R)
     length_R = length_F[row_R]
-    token_R = prefix["tokens"][row_R, length_R]
+    base_R = length_R - jnp.tile(given.count_B, branches)
+    boi_B1 = jnp.take_along_axis(prefix["tokens"][:rows], base_R[:rows, None], axis=1)
     fixed = _Fixed(
         valid_RP=jnp.arange(length)[None] < length_R[:, None],
-        base_R=length_R - jnp.tile(given.count_B, branches),
-        first_RD=x_FPD[row_R, length_R],
-        boi_RD=model.backbone.embed(token_R[:, None])[:, 0],
+        base_R=base_R,
+        boi_BD=model.backbone.embed(boi_B1)[:, 0],
         order_BN=order_BN,
         key_B=key_B,
         count_B=given.count_B,
@@ -395,15 +375,6 @@ def _begin(
         temperature=jnp.asarray(temperature, jnp.float32),
     )
     return fixed, _Progress(cache, given.tokens_BNC)
-
-
-def _gap(model: UniFluid, count: int, how: ImageSampling) -> int:
-    """Spare slots of the cache between prefix and tokens.
-
-    With queries, a step of K tokens feeds the contents of the K before it. At first these are not
-    there: what is fed instead is written here, and never looked at.
-    """
-    return stages(count, how)[-1].width if model.config.queries else 0
 
 
 def _step(
@@ -416,70 +387,66 @@ def _step(
 ) -> _Progress:
     """Draws the group that follows the first `known` tokens.
 
-    Token j has slot j behind the gap. A group of rows of which some are given is drawn like any
-    other, and what was drawn in place of a given token is thrown away.
+    What asks for token j has slot j behind the prefix. A group of rows of which some are given is
+    drawn like any other, and what was drawn in place of a given token is thrown away.
     """
     count, branches = fixed.order_BN.shape[1], len(fixed.guidance) + 1
+    length = fixed.valid_RP.shape[1]
+    index_K = known + jnp.arange(stage.width)
     cell_BK = jax.lax.dynamic_slice_in_dim(fixed.order_BN, known, stage.width, axis=1)
-    x_RTD, index_T = _inputs(model, fixed, progress.tokens_BNC, known, cell_BK)
+    x_RKD = _asking(model, fixed, progress.tokens_BNC, known, stage, cell_BK)
     count_R = jnp.tile(fixed.count_B, branches)
-    # All queries of a step stand where the next token would: which it is, their cells alone tell.
-    behind_R = jnp.maximum(known, count_R)
-    position_RT = fixed.base_R[:, None] + jnp.minimum(index_T[None], behind_R[:, None])
-    start = fixed.valid_RP.shape[1] + _gap(model, count, how)
-    hidden_RTD, cache = model.backbone(
-        x_RTD,
-        position_RT,
-        _visible(fixed.valid_RP, count_R, known, index_T, start, start + count),
+    hidden_RKD, cache = model.backbone(
+        x_RKD,
+        fixed.base_R[:, None] + index_K[None],
+        _visible(fixed.valid_RP, count_R, index_K, length + count),
         progress.cache,
-        start + index_T[0],
+        length + index_K[0],
     )
-    z_RKD = model.condition(hidden_RTD[:, -stage.width :], jnp.tile(cell_BK, (branches, 1)))
+    z_RKD = model.condition(hidden_RKD, jnp.tile(cell_BK, (branches, 1)))
     x_BKC = _draw(model, fixed, z_RKD, known, count, stage, how)
     row_B1 = jnp.arange(len(cell_BK))[:, None]
     tokens_BNC = progress.tokens_BNC
-    mine_BK = known + jnp.arange(stage.width)[None] >= fixed.count_B[:, None]
+    mine_BK = index_K[None] >= fixed.count_B[:, None]
     x_BKC = jnp.where(mine_BK[:, :, None], x_BKC, tokens_BNC[row_B1, cell_BK])
     return _Progress(cache, tokens_BNC.at[row_B1, cell_BK].set(x_BKC))
 
 
-def _inputs(
-    model: UniFluid, fixed: _Fixed, tokens_BNC: Array, known: ArrayLike, cell_BK: Array
-) -> tuple[Array, Array]:
-    """What a step feeds: embeddings, and the index of each in the order."""
-    rows, width = cell_BK.shape
-    branches = len(fixed.guidance) + 1
+def _asking(
+    model: UniFluid,
+    fixed: _Fixed,
+    tokens_BNC: Array,
+    known: ArrayLike,
+    stage: Stage,
+    cell_BK: Array,
+) -> Float[Array, "R K D"]:
+    """Embeddings that ask for a group, laid out as in training (`sequence.generation`).
 
-    def contents(index_K: Array) -> Array:
-        """Embeddings of tokens made before; of anything where the index is negative."""
-        cell_BK = jnp.take(fixed.order_BN, jnp.maximum(index_K, 0), axis=1)
-        token_BKC = jnp.take_along_axis(tokens_BNC, cell_BK[:, :, None], axis=1)
-        return model.embed_content(token_BKC, cell_BK)
-
-    target_BKD = model.embed_target(cell_BK)
-    if not model.config.queries:
-        x_B1D = contents(jnp.reshape(known - 1, 1)) + target_BKD
-        first_R = known == jnp.tile(fixed.count_B, branches)
-        x_R1D = jnp.tile(x_B1D, (branches, 1, 1))
-        x_R1D = jnp.where(first_R[:, None, None], fixed.first_RD[:, None], x_R1D)
-        return x_R1D, jnp.reshape(known, 1)
-    index_T = known - width + jnp.arange(2 * width)
-    content_RKD = jnp.tile(contents(index_T[:width]), (branches, 1, 1))
-    query_RKD = fixed.boi_RD[:, None] + jnp.tile(target_BKD, (branches, 1, 1))
-    return jnp.concatenate([content_RKD, query_RKD], axis=1), index_T
+    Given tokens are as many groups of one; a group that some of them fall into is the rest of it.
+    """
+    index_K = known + jnp.arange(stage.width)
+    count_B = fixed.count_B
+    width_B = stage.width - jnp.maximum(count_B - known, 0)
+    fed_BK = index_K[None] - width_B[:, None]
+    before = known - jnp.where(known == stage.first, stage.before, stage.width)
+    before_B = jnp.where(count_B < known, jnp.maximum(before, count_B), count_B - 1)
+    has_BK = fed_BK >= jnp.maximum(before_B, 0)[:, None]
+    fed_cell_BK = jnp.take_along_axis(fixed.order_BN, jnp.maximum(fed_BK, 0), axis=1)
+    token_BKC = jnp.take_along_axis(tokens_BNC, fed_cell_BK[:, :, None], axis=1)
+    content_BKD = model.embed_content(token_BKC, fed_cell_BK)
+    fed_BKD = jnp.where(has_BK[:, :, None], content_BKD, fixed.boi_BD[:, None])
+    asked_BKD = fed_BKD + model.embed_target(cell_BK)
+    return jnp.tile(asked_BKD, (len(fixed.guidance) + 1, 1, 1))
 
 
-def _visible(
-    valid_RP: Array, count_R: Array, known: ArrayLike, index_T: Array, start: int, slots: int
-) -> Bool[Array, "R T S"]:
-    """Who sees which slots: the prefix, the tokens made before it (given ones are in the prefix),
-    and itself."""
-    token_S = jnp.arange(slots) - start  # negative in prefix and gap
-    made_RS = (token_S[None] >= count_R[:, None]) & (token_S >= 0)[None]
-    before_TS = (token_S[None] <= index_T[:, None]) & (token_S < known)[None]
-    itself_TS = token_S[None] == index_T[:, None]
+def _visible(valid_RP: Array, count_R: Array, index_K: Array, slots: int) -> Bool[Array, "R K S"]:
+    """Who sees which slots: all of a group the prefix, and what has asked for tokens up to its
+    own; for given tokens, which are in the prefix, nothing has."""
+    token_S = jnp.arange(slots) - valid_RP.shape[1]  # negative in the prefix
+    asked_RS = (token_S[None] >= count_R[:, None]) & (token_S <= index_K[-1])[None]
     prefix_RS = jnp.pad(valid_RP, ((0, 0), (0, slots - valid_RP.shape[1])))
-    return prefix_RS[:, None] | (made_RS[:, None] & before_TS[None]) | itself_TS[None]
+    seen_RS = prefix_RS | ((token_S >= 0)[None] & asked_RS)
+    return jnp.broadcast_to(seen_RS[:, None], (len(count_R), len(index_K), slots))
 
 
 def _draw(

@@ -32,29 +32,22 @@ class Part:
         return self.forward * (3 if self.trained else 1)
 
 
-def attended(length: int, window: int | None = None, queries: int = 0) -> float:
+def attended(length: int, window: int | None = None) -> float:
     """Positions a position sees in a causal row of this length, on average.
 
     Args:
         window: positions that a local layer sees, itself included.
-        queries: how many of them are queries, which alternate with contents at the end of the row
-            and are seen by none but themselves.
     """
-    contents = length - queries
-    # What comes before the first query, and one content between any two of them.
-    first = contents - max(queries - 1, 0)
-    seen = np.concatenate([np.arange(contents), first + np.arange(queries)]) + 1
-    return float(np.minimum(seen, length if window is None else window).mean())
+    return float(np.minimum(np.arange(length) + 1, length if window is None else window).mean())
 
 
-def backbone(config: GemmaConfig, length: int, queries: int = 0) -> float:
+def backbone(config: GemmaConfig, length: int) -> float:
     """One row of this length through all layers, as one causal example."""
     c = config
     projections = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     matrices = c.depth * (projections + 3 * c.width * c.mlp_dim)
     kinds = [c.attention[i % len(c.attention)] for i in range(c.depth)]
-    windows = [c.window if kind == "local" else None for kind in kinds]
-    pairs = sum(attended(length, window, queries) for window in windows)
+    pairs = sum(attended(length, c.window if kind == "local" else None) for kind in kinds)
     return 2.0 * length * (matrices + 2 * pairs * c.heads * c.head_dim)
 
 
@@ -130,14 +123,13 @@ def of_row(
     """
     trained = {name: not frozen.get(name, False) for name in ("backbone", "vision", "head")}
     width = config.backbone.width
-    queries = image_targets if config.queries else 0
     projection = (
         2.0
         * width
         * (config.vision.width * config.vision.tokens * pictures + config.head.token_dim * length)
     )
     parts = {
-        "backbone": Part(backbone(config.backbone, length, queries), trained["backbone"]),
+        "backbone": Part(backbone(config.backbone, length), trained["backbone"]),
         "logits": Part(logits(config.backbone, text_targets), trained["backbone"]),
         "head": Part(head(config.head, image_targets, draws), trained["head"]),
         "projections": Part(projection),

@@ -153,8 +153,6 @@ def _model_config(
         image_tokens=vae.image_tokens,
         position_init=c.position_init,
         target_in_head=c.target_in_head,
-        # Configs stored before there were queries know no such field.
-        queries=c.get("queries", False),
     )
     return sizes, process
 

@@ -80,7 +80,7 @@ def abstract_batch(plan: Blueprint, where: Any) -> dict[str, jax.ShapeDtypeStruc
     c, rows = plan.config.input, plan.config.input.batch_size
     row = (rows, c.seq_len)
     whole = ("tokens", "modality", "position", "step", "text_target", "segment")
-    whole += ("content_position", "target_position")
+    whole += ("behind", "content_position", "target_position")
     shapes = {name: (row, jnp.int32) for name in whole}
     shapes |= {name: (row, jnp.float32) for name in ("text_weight", "image_weight")}
     side = plan.sizes.vision.image_size

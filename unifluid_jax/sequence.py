@@ -21,33 +21,33 @@ the targets come in that order, and the input at a target's position is the *pre
 latent with its own grid cell (`content_position`) and the grid cell it must predict
 (`target_position`). BOI, the first input, has no content. Raster order is the identity permutation.
 
-Queries (a switch, our choice) allow several tokens to be drawn at once. The image's tokens are then
-laid out twice, interleaved: content c_i is fed the i-th token of the order, query q_i is a BOI with
-the grid cell to predict, which the contents before it are all that it sees of the image:
+Groups (our choice) are what several tokens are drawn at once with. The order is cut into runs of k
+tokens, each of which is one causal step: its positions ask for the run's k tokens, are fed the k
+tokens of the run before, and see each other.
 
-    [BOS] [prompt ...] [q_1] [c_1] [q_2] [c_2] ... [q_N]      q_i -> v_i
+    [BOS] [prompt ...] [BOI BOI] [v_1 v_2] [v_3 v_4] ...      BOI -> v_1, BOI -> v_2, v_1 -> v_3
 
-Nothing sees a query but itself, and q_i stands where c_i stands (RoPE). So what q_i learns is to
-predict any cell from any i - 1 others, whatever else is asked at the same time: k queries in one
-step are each what training has shown, and 1 in a step is sequential decoding. RandAR's
-position-instruction tokens (arXiv 2412.01827) need no mask of their own, but stay in the context:
-twice the cache, and in a parallel step a context unlike the one of training. Both double the length
-of an image in training.
+Groups of one are next-token prediction. One model learns several k, a random one of
+`config.input.parallel` for each image, in rows no longer than before: what RandAR's
+position-instruction tokens (arXiv 2412.01827) add to the sequence, `target_position` says here.
+What k above 1 costs is that the tokens of a group do not know of each other, only of their cells.
 
-Latents are kept with the position that *predicts* them, so that the input at position l is
-`latent[l - 1]`: one array serves inputs and targets, and a sample of the posterior is drawn once
-for both. With queries the same holds of c_i, whose latent is q_i's. Source latents (editing) and
-given ones (inpainting) are kept where they are fed. Where pictures are encoded inside the training
-step, these take the place of latents in a sequence, and `latent_index` says which belong where.
+Latents are kept with the position that *predicts* them, and the input at position l is
+`latent[l - behind[l]]`: one array serves inputs and targets, and a sample of the posterior is drawn
+once for both. Source latents (editing) and given ones (inpainting) are kept where they are fed,
+`behind` being 0. Where pictures are encoded inside the training step, these take the place of
+latents in a sequence, and `latent_index` says which belong where.
 
 The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with
 c its cumulative sum, position i attends to j when c[j] <= c[i] and both are of one segment. All
-ones: causal. Zeros over a prefix: prefix-LM.
+ones: causal. Zeros over a prefix: prefix-LM. Zeros over a group but its first: its tokens at once.
 """
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,15 +60,13 @@ from unifluid_jax.errors import UserError
 class Modality(enum.IntEnum):
     """What a position feeds to the backbone.
 
-    BOI is TEXT: its embedding is a row of the vocabulary. So is that of a QUERY, a BOI which only
-    itself attends to.
+    BOI is TEXT: its embedding is a row of the vocabulary.
     """
 
     PAD = 0
     TEXT = 1
     VISION = 2
     LATENT = 3
-    QUERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,6 @@ class Layout:
         token_dim: C, dims of an image token.
         bidirectional_prefix: whether the conditioning prefix attends to itself in both directions
             (prefix-LM) or causally. UniFluid does not say; causal is the default of the configs.
-        queries: whether image tokens are asked for by queries.
     """
 
     bos: int
@@ -96,12 +93,6 @@ class Layout:
     image_tokens: int
     token_dim: int
     bidirectional_prefix: bool = False
-    queries: bool = False
-
-    @property
-    def target_length(self) -> int:
-        """Positions that a whole image takes as a target."""
-        return 2 * self.image_tokens - 1 if self.queries else self.image_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +119,7 @@ class Sequence:
     text_weight: Float[np.ndarray, "T"]
     latent_mean: Float[np.ndarray, "T C"]
     latent_std: Float[np.ndarray, "T C"]
+    behind: Int[np.ndarray, "T"]
     content_position: Int[np.ndarray, "T"]
     target_position: Int[np.ndarray, "T"]
     image_weight: Float[np.ndarray, "T"]
@@ -167,6 +159,7 @@ def generation(
     target: Latents | None,
     order: Int[np.ndarray, "N"],
     given: int | None = None,
+    groups: Collection[int] = (),
 ) -> Sequence:
     """A text and the image it describes, in the given order.
 
@@ -175,9 +168,11 @@ def generation(
     Args:
         given: with it, the prefix to decode from when the first tokens of the order, so many of
             `target`, are known: they are fed clean.
+        groups: numbers of tokens that are asked for at once, never falling, N together; one at a
+            time by default.
     """
     prefix = [_text(layout, [layout.bos, *prompt])]
-    return _assemble(layout, prefix, [_targets(layout, target, order, given)], None)
+    return _assemble(layout, prefix, [_targets(layout, target, order, given, groups)], None)
 
 
 def editing(
@@ -188,12 +183,13 @@ def editing(
     target: Latents | None,
     order: Int[np.ndarray, "N"],
     given: int | None = None,
+    groups: Collection[int] = (),
     *,
     source_dropped: bool = False,
 ) -> Sequence:
     """A source image in one or two views, an instruction, and the edited image.
 
-    `target=None` and `given` as in `generation`.
+    `target=None`, `given` and `groups` as in `generation`.
 
     Args:
         source: the picture for the vision tower, or None to leave this view out.
@@ -216,7 +212,7 @@ def editing(
     if source_dropped:
         views = sum(map(len, prefix[:-1]))
         prefix, images = [_text(layout, [layout.null] * views), prefix[-1]], None
-    return _assemble(layout, prefix, [_targets(layout, target, order, given)], images)
+    return _assemble(layout, prefix, [_targets(layout, target, order, given, groups)], images)
 
 
 def check_views(vision: bool, latents: bool) -> None:
@@ -259,6 +255,7 @@ def _span(layout: Layout, length: int, modality: Modality) -> Sequence:
         text_weight=np.zeros(length, np.float32),
         latent_mean=np.zeros((length, layout.token_dim), np.float32),
         latent_std=np.zeros((length, layout.token_dim), np.float32),
+        behind=np.zeros(length, np.int32),
         content_position=np.full(length, -1, np.int32),
         target_position=np.full(length, -1, np.int32),
         image_weight=np.zeros(length, np.float32),
@@ -286,62 +283,74 @@ def _source(layout: Layout, latents: Latents) -> Sequence:
 
 
 def _targets(
-    layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"], given: int | None
+    layout: Layout,
+    latents: Latents | None,
+    order: Int[np.ndarray, "N"],
+    given: int | None,
+    groups: Collection[int],
 ) -> Sequence:
     """All of an image's tokens to be predicted, or what asks for one when some are `given`."""
     if given is None and latents is not None:
-        return (
-            _queried(layout, latents, order) if layout.queries else _shifted(layout, latents, order)
-        )
+        return _asked(layout, latents, order, groups or [1] * layout.image_tokens)
     # The last of an image that is given whole is asked for all the same.
-    given = min(given or 0, layout.image_tokens - 1)
-    if not layout.queries:
-        span = _shifted(layout, latents, order, given + 1)
-        span.image_weight[:] = 0.0
-        return span
-    span = _span(layout, given + 1, Modality.LATENT)
-    span.content_position[:given] = order[:given]
-    if given:
-        span.latent_mean[:given] = latents.mean[order[:given]]
-    span.modality[given] = Modality.QUERY
-    span.tokens[given] = layout.boi
-    span.target_position[given] = order[given]
+    known = min(given or 0, layout.image_tokens - 1)
+    span = _asked(layout, latents, order, [1] * (known + 1))
+    span.image_weight[:] = 0.0
     return span
 
 
-def _shifted(
-    layout: Layout, latents: Latents | None, order: Int[np.ndarray, "N"], length: int | None = None
+def _asked(
+    layout: Layout,
+    latents: Latents | None,
+    order: Int[np.ndarray, "N"],
+    groups: Collection[int],
 ) -> Sequence:
-    """BOI and all but the last of the image's tokens, or the first `length` of these positions.
+    """Positions that ask for the first tokens of the order, a group at a time.
 
-    Each position comes with the token that it predicts.
+    The last of a group are fed the tokens of the group before; where this one is longer, or the
+    first, the others are BOI. Each position comes with the token that it predicts.
     """
-    length = length or layout.image_tokens
-    span = _span(layout, length, Modality.LATENT)
-    span.modality[0] = Modality.TEXT
-    span.tokens[0] = layout.boi
-    span.content_position[1:] = order[: length - 1]
-    span.target_position[:] = order[:length]
+    widths = np.array(groups, np.int32)
+    span = _span(layout, int(widths.sum()), Modality.TEXT)
+    first = np.cumsum(widths) - widths
+    span.step[:] = 0
+    span.step[first] = 1
+    fed = np.arange(len(span)) - np.repeat(widths, widths)
+    before = np.repeat(np.append(0, first[:-1]), widths)  # where the group before begins
+    (content,) = np.nonzero(fed >= before)
+    span.tokens[:] = layout.boi
+    span.tokens[content] = 0
+    span.modality[content] = Modality.LATENT
+    span.behind[content] = content - fed[content]
+    span.content_position[content] = order[fed[content]]
+    span.target_position[:] = order[: len(span)]
     if latents is not None:
-        span.latent_mean[:] = latents.mean[order[:length]]
-        span.latent_std[:] = latents.std[order[:length]]
+        span.latent_mean[:] = latents.mean[order[: len(span)]]
+        span.latent_std[:] = latents.std[order[: len(span)]]
         span.image_weight[:] = 1.0
     return span
 
 
-def _queried(layout: Layout, latents: Latents, order: Int[np.ndarray, "N"]) -> Sequence:
-    """A query for each of the image's tokens, and behind each but the last the token's content."""
-    span = _span(layout, layout.target_length, Modality.LATENT)
-    query, content = slice(0, None, 2), slice(1, None, 2)
-    span.modality[query] = Modality.QUERY
-    span.tokens[query] = layout.boi
-    span.target_position[query] = order
-    span.latent_mean[query] = latents.mean[order]
-    span.latent_std[query] = latents.std[order]
-    span.image_weight[query] = 1.0
-    span.content_position[content] = order[:-1]
-    span.position[:] = np.arange(len(span)) // 2
-    return span
+def group_sizes(count: int, parallel: int, growth: str = "constant") -> list[int]:
+    """Sizes of groups, `parallel` tokens on average, never falling; they add up to `count`.
+
+    A remainder goes first, where the least is known.
+
+    Args:
+        growth: "constant", or "cosine" for few tokens in the first groups and many in the last
+            (MaskGIT).
+    """
+    parallel = min(parallel, count)
+    steps = -(-count // parallel)
+    if growth == "constant":
+        rest = count - (steps - 1) * parallel
+        return [rest] + [parallel] * (steps - 1)
+    known = [count * (1 - math.cos(math.pi / 2 * s / steps)) for s in range(steps + 1)]
+    sizes = sorted(max(1, round(b) - round(a)) for a, b in itertools.pairwise(known))
+    sizes[-1] += max(count - sum(sizes), 0)
+    while sum(sizes) > count:  # at least one in each: taken back from the largest
+        sizes[sizes.index(max(sizes))] -= 1
+    return sorted(sizes)
 
 
 def _assemble(
@@ -368,9 +377,7 @@ def _assemble(
 
 
 def attention_mask(
-    step_BL: Int[Array, "B L"],
-    segment_BL: Int[Array, "B L"],
-    modality_BL: Int[Array, "B L"] | None = None,
+    step_BL: Int[Array, "B L"], segment_BL: Int[Array, "B L"]
 ) -> Bool[Array, "B L L"]:
     """Who attends to whom: `mask[b, i, j]` is true when position i may look at position j.
 
@@ -378,47 +385,27 @@ def attention_mask(
         step_BL: 1 where a new causal step starts, else 0.
         segment_BL: the example a position belongs to, 0 for padding. A pad attends to nothing and
             nothing attends to it.
-        modality_BL: where there may be queries: nothing attends to one but itself.
     """
     causal_BL = jnp.cumsum(step_BL, axis=1)
     earlier = causal_BL[:, None, :] <= causal_BL[:, :, None]
     same = segment_BL[:, None, :] == segment_BL[:, :, None]
-    valid = (segment_BL > 0)[:, :, None]
-    mask_BLL = earlier & same & valid
-    if modality_BL is None:
-        return mask_BLL
-    itself_LL = jnp.eye(step_BL.shape[1], dtype=bool)
-    return mask_BLL & ((modality_BL != Modality.QUERY)[:, None, :] | itself_LL[None])
-
-
-def fed_from_behind(
-    modality_BL: Int[Array, "B L"], position_BL: Int[Array, "B L"], target_BL: Int[Array, "B L"]
-) -> Bool[Array, "B L"]:
-    """Whether the latents fed to a position are kept just before it, with what predicted them.
-
-    So it is with targets, and with the content that follows its query. The content stands where the
-    query stands; the first position of the next example does not.
-    """
-    queried_BL = modality_BL[:, :-1] == Modality.QUERY
-    content_BL = queried_BL & (position_BL[:, 1:] == position_BL[:, :-1])
-    return (target_BL >= 0) | jnp.pad(content_BL, ((0, 0), (1, 0)))
+    return earlier & same & (segment_BL > 0)[:, :, None]
 
 
 def latent_index(batch: Mapping[str, ArrayLike], image_tokens: int) -> Int[Array, "B L"]:
     """The latents that each position keeps, of those of all pictures of its row.
 
     Args:
-        batch: packed rows that hold whole images, as in training; `modality`, `position`,
+        batch: packed rows that hold whole images, as in training; `modality`, `behind`,
             `content_position` and `target_position` are looked at.
         image_tokens: N.
 
     Returns:
         k N + cell, where k counts the row's `pictures`; -1 where nothing is kept.
     """
-    names = ("modality", "position", "content_position", "target_position")
-    modality_BL, position_BL, content_BL, target_BL = (jnp.asarray(batch[name]) for name in names)
-    behind_BL = fed_from_behind(modality_BL, position_BL, target_BL)
-    fed_here_BL = (modality_BL == Modality.LATENT) & ~behind_BL
+    names = ("modality", "behind", "content_position", "target_position")
+    modality_BL, behind_BL, content_BL, target_BL = (jnp.asarray(batch[name]) for name in names)
+    fed_here_BL = (modality_BL == Modality.LATENT) & (behind_BL == 0)
     kept_BL = (target_BL >= 0) | fed_here_BL
     # All N of a picture are kept before the first of the next one.
     picture_BL = (jnp.cumsum(kept_BL, axis=1) - 1) // image_tokens

@@ -118,7 +118,7 @@ def drawing(
         ),
         temperature=float(c.temperature if temperature is None else temperature),
         order=c.order if order is None else order,
-        how=sampling_from(parts.process, parts.sequencer.layout.queries, options, **fields),
+        how=sampling_from(parts.process, parts.sequencer.parallel, options, **fields),
     )
     _check_learned(parts.config, result)
     return result

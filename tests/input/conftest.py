@@ -188,6 +188,7 @@ def world():
                 "max_prompt_tokens": 16,
                 "text_drop": 0.3,
                 "order": "random",
+                "parallel": (1,),
                 "edit_vision": True,
                 "edit_latents": True,
                 "max_corrupt": 0,

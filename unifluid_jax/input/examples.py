@@ -5,6 +5,7 @@ editing read the caption or instruction as it is.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -153,8 +154,9 @@ class Sequencer:
         fingerprint: of the image tokenizer.
         image_size: side of the pictures that the vision tower reads; others are resized.
         picture_size: side of those that the image tokenizer reads.
-        input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `text_drop`,
-            `source_drop`, `edit_vision`, `edit_latents`, `max_encoded_images`.
+        input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `parallel` (numbers of
+            image tokens asked for at once, a random one of which each image is laid out with),
+            `text_drop`, `source_drop`, `edit_vision`, `edit_latents`, `max_encoded_images`.
     """
 
     def __init__(
@@ -175,6 +177,13 @@ class Sequencer:
         self.picture_size = picture_size
         self.encode_in_step = encodes_in_step(c)
         self._random_order = c.order == "random"
+        # Configs stored before there was the choice know no such field.
+        self.parallel = tuple(c.get("parallel", (1,)))
+        if not self.parallel or min(self.parallel) < 1:
+            raise UserError(
+                f"config.input.parallel is {self.parallel}: give numbers of image tokens to be"
+                " asked for at once, (1,) for one at a time"
+            )
         self._limit, self._text_drop = c.max_prompt_tokens, c.text_drop
         # Configs stored before there was one know no `source_drop`.
         self._source_drop = c.get("source_drop", 0.0)
@@ -213,11 +222,13 @@ class Sequencer:
             blank = np.zeros((self.layout.image_tokens, self.layout.token_dim), np.float32)
             unknown = Latents(blank, blank)
             example = dataclasses.replace(example, source_latents=unknown, target_latents=unknown)
-        target = example.target_latents
+        target, groups = example.target_latents, self._groups(rng)
         if example.task == "generate":
-            laid_out = sequence.generation(self.layout, prompt, target, order)
+            laid_out = sequence.generation(self.layout, prompt, target, order, groups=groups)
         else:
-            laid_out = self._edit(example, prompt, target, order, source_dropped=source_dropped)
+            laid_out = self._edit(
+                example, prompt, target, order, groups=groups, source_dropped=source_dropped
+            )
         return dataclasses.replace(laid_out, pictures=np.stack(pictures)) if pictures else laid_out
 
     def prefix(
@@ -264,6 +275,11 @@ class Sequencer:
             return rng.permutation(self.layout.image_tokens).astype(np.int32)
         return sequence.raster(self.layout)
 
+    def _groups(self, rng: np.random.Generator) -> list[int]:
+        """Numbers of image tokens that an example asks for at once."""
+        parallel = self.parallel[0] if len(self.parallel) == 1 else int(rng.choice(self.parallel))
+        return sequence.group_sizes(self.layout.image_tokens, parallel)
+
     def largest(self, task: str) -> dict[str, int]:
         """What an example of a task takes up at most, by the names of the caps in the config.
 
@@ -275,7 +291,7 @@ class Sequencer:
             # BOS and separator around the prompt; the answer's EOS is predicted, never fed.
             length = layout.vision_tokens + 2 + 2 * limit
             return {"seq_len": length, "max_images": 1, "max_text_targets": limit + 1}
-        length = 1 + limit + layout.target_length
+        length = 1 + limit + layout.image_tokens
         if task == "edit":
             sequence.check_views(self._edit_vision, self._edit_latents)
             length += self._edit_vision * layout.vision_tokens
@@ -291,11 +307,11 @@ class Sequencer:
 
     def prefix_length(self, task: str, inpainting: bool = False) -> int:
         """Positions of the longest prefix of a task; with given tokens, of any number of them."""
-        longest = self.largest(task)["seq_len"]
+        layout, longest = self.layout, self.largest(task)["seq_len"]
         if task in ("caption", "vqa"):
             return longest - self._limit
-        length = longest - self.layout.target_length + 1
-        return length + self.layout.image_tokens - 1 if inpainting else length
+        length = longest - layout.image_tokens + 1
+        return length + layout.image_tokens - 1 if inpainting else length
 
     def _checked(self, text: str) -> list[int]:
         ids = self.text.encode(text)
@@ -315,6 +331,7 @@ class Sequencer:
         target: Latents | None,
         order: np.ndarray,
         given: int | None = None,
+        groups: Collection[int] = (),
         *,
         source_dropped: bool,
     ) -> Sequence:
@@ -333,6 +350,7 @@ class Sequencer:
             target,
             order,
             given,
+            groups,
             source_dropped=source_dropped,
         )
 
@@ -351,8 +369,6 @@ def make_sequencer(config: ConfigDict, images: "ImageTokenizer") -> Sequencer:
         image_tokens=images.config.image_tokens,
         token_dim=images.config.token_dim,
         bidirectional_prefix=config.model.bidirectional_prefix,
-        # Configs stored before there were queries know no such field.
-        queries=config.model.get("queries", False),
     )
     scale = LatentScale(images.channel_mean, images.channel_std)
     sizes = vision.image_size, images.config.image_size

@@ -65,9 +65,8 @@ def segments(batch: Batch, layout: Layout) -> Iterator[Segment]:
 def lines(segment: Segment, tokenizer: TextTokenizer) -> Iterator[str]:
     """A segment in words: runs of positions of one kind, what they are fed and what they predict.
 
-    Text is shown in pieces, image tokens by their grid cells; "a > b" is fed a and predicts b. A
-    run in brackets is one causal step: its positions see each other. With queries, "> b" is a query
-    for b and "a" the content that follows.
+    Text is shown in pieces, image tokens by their grid cells; "a > b" is fed a and predicts b. What
+    is in brackets is one causal step: its positions see each other.
     """
     kinds = [_kind(segment.fields, i) for i in range(len(segment))]
     for kind, run in itertools.groupby(range(len(segment)), key=lambda i: kinds[i]):
@@ -82,8 +81,6 @@ def lines(segment: Segment, tokenizer: TextTokenizer) -> Iterator[str]:
 def _kind(fields: Mapping[str, np.ndarray], i: int) -> str:
     if fields["target_position"][i] >= 0:
         return "image"
-    if i and fields["modality"][i - 1] == Modality.QUERY:
-        return "image"  # the content that the query before asked for
     if fields["modality"][i] == Modality.TEXT:
         return "answer" if fields["text_weight"][i] > 0 else "text"
     return "vision" if fields["modality"][i] == Modality.VISION else "source"
@@ -105,11 +102,6 @@ def _words(
             weight, target = fields["text_weight"][i], _piece(tokenizer, fields["text_target"][i])
         if kind == "image":
             weight, target = fields["image_weight"][i], str(fields["target_position"][i])
-            if fields["modality"][i] == Modality.QUERY:
-                fed = ""
-            elif fields["target_position"][i] < 0:
-                words.append(fed)
-                continue
         words.append(fed if kind == "text" else f"{fed} > {target}".strip())
         if kind != "text" and weight != 1.0:
             words[-1] += f" (weight {weight:g})"

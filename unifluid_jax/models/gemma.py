@@ -363,13 +363,7 @@ class Gemma(nnx.Module):
         """Attention of local and of global layers."""
         c = self.config
         if isinstance(mask, Packed):
-            kernel = kernels.choose(
-                c.kernel,
-                position_BT.shape[1],
-                c.head_dim,
-                c.attention_cap,
-                queries=mask.modality is not None,
-            )
+            kernel = kernels.choose(c.kernel, position_BT.shape[1], c.head_dim, c.attention_cap)
             if kernel == "splash":
                 splash = functools.partial(kernels.splash, packed=mask, cap=c.attention_cap)
                 return {

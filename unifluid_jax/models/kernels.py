@@ -31,27 +31,19 @@ class Packed(NamedTuple):
     Attributes:
         step: 1 where a new causal step starts.
         segment: the example a position belongs to, 0 for padding.
-        modality: of every position, where there may be queries.
     """
 
     step: Int[Array, "B T"]
     segment: Int[Array, "B T"]
-    modality: Int[Array, "B T"] | None = None
 
     def mask(self) -> Bool[Array, "B T T"]:
-        return attention_mask(self.step, self.segment, self.modality)
+        return attention_mask(self.step, self.segment)
 
 
-def choose(
-    kernel: str, length: int, head_dim: int, cap: float | None, queries: bool = False
-) -> str:
+def choose(kernel: str, length: int, head_dim: int, cap: float | None) -> str:
     """The kernel that "auto" stands for where the step will run; another name as it is.
 
-    Splash needs multiples of 128 positions and head dims, and no queries (nothing sees them: what a
-    position sees would have holes, and no longer be told by its end); cuDNN knows no soft cap.
-
-    Args:
-        queries: whether the mask has some (see `sequence.py`).
+    Splash needs multiples of 128 positions and head dims; cuDNN knows no soft cap.
 
     Raises:
         UserError: there is no such kernel, or it cannot do what was asked for.
@@ -60,15 +52,10 @@ def choose(
         raise UserError(
             f'config.model.backbone.kernel is "{kernel}": one of {", ".join(KERNELS)} is known'
         )
-    splash = length % 128 == 0 and head_dim % 128 == 0 and length <= 1 << _BITS and not queries
+    splash = length % 128 == 0 and head_dim % 128 == 0 and length <= 1 << _BITS
     if kernel == "auto":
         best = {"tpu": "splash" if splash else "einsum", "gpu": "einsum" if cap else "cudnn"}
         return best.get(sharding.platform(), "einsum")
-    if kernel == "splash" and queries:
-        raise UserError(
-            "splash attention cannot mask queries, and config.model.queries is True: set "
-            "config.model.backbone.kernel to auto"
-        )
     if kernel == "splash" and not (length % 128 == 0 and length <= 1 << _BITS):
         raise UserError(
             f"splash attention needs a multiple of 128 positions, at most {1 << _BITS}: "

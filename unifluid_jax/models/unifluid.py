@@ -20,7 +20,7 @@ from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.head import DiffusionHead, HeadConfig
 from unifluid_jax.models.kernels import Packed
 from unifluid_jax.models.siglip import Siglip, SiglipConfig
-from unifluid_jax.sequence import Modality, fed_from_behind
+from unifluid_jax.sequence import Modality
 
 Batch = dict[str, jax.Array]
 
@@ -35,8 +35,6 @@ class UniFluidConfig:
             begin as sines and cosines of the cell's row and column (our choice): neighbours are
             alike from the start, and matching a cell with itself is a linear map away.
         target_in_head: add the target position once more to z before the head, as MAR does.
-        queries: image tokens are asked for by queries (see `sequence.py`), several at once if
-            wanted.
     """
 
     backbone: GemmaConfig
@@ -45,7 +43,6 @@ class UniFluidConfig:
     image_tokens: int
     position_init: float = 1.0
     target_in_head: bool = True
-    queries: bool = False
 
 
 class Linear(nnx.Module):
@@ -102,7 +99,7 @@ class UniFluid(nnx.Module):
         convention).
 
         Args:
-            batch: `tokens`, `modality`, `position`, `content_position`, `target_position` [B, L]
+            batch: `tokens`, `modality`, `behind`, `content_position`, `target_position` [B, L]
                 and `images` uint8 [B, I, H, W, 3]; or of fewer rows, of which the rows of the
                 others are repetitions (branches of guidance).
             latents_BLC: samples of the latents kept at each position (see `sequence.py`).
@@ -112,13 +109,11 @@ class UniFluid(nnx.Module):
         if batch["images"].shape[1]:
             seen_BLD = self._vision_at(batch["images"], modality_BL == Modality.VISION)
             x_BLD = jnp.where((modality_BL == Modality.VISION)[:, :, None], seen_BLD, x_BLD)
-        target_BL = batch["target_position"]
-        previous_BLC = jnp.pad(latents_BLC, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        behind_BL = fed_from_behind(modality_BL, batch["position"], target_BL)
-        fed_BLC = jnp.where(behind_BL[:, :, None], previous_BLC, latents_BLC)
+        kept_BL = jnp.arange(modality_BL.shape[1])[None] - batch["behind"]
+        fed_BLC = jnp.take_along_axis(latents_BLC, kept_BL[:, :, None], axis=1)
         latent_BLD = self.embed_content(fed_BLC, batch["content_position"])
         x_BLD = jnp.where((modality_BL == Modality.LATENT)[:, :, None], latent_BLD, x_BLD)
-        return x_BLD + self.embed_target(target_BL)
+        return x_BLD + self.embed_target(batch["target_position"])
 
     def embed_content(
         self, latents_BTC: Float[Array, "B T C"], content_BT: Int[Array, "B T"]
@@ -138,12 +133,8 @@ class UniFluid(nnx.Module):
         """
         x_BLD = sharding.over_replicas(self.embed(batch, latents_BLC))
         with jax.named_scope("backbone"):
-            return self.backbone(x_BLD, batch["position"], self.packed(batch))[0]
-
-    def packed(self, batch: Batch) -> Packed:
-        """Who attends to whom in packed rows."""
-        modality_BL = batch["modality"] if self.config.queries else None
-        return Packed(batch["step"], batch["segment"], modality_BL)
+            packed = Packed(batch["step"], batch["segment"])
+            return self.backbone(x_BLD, batch["position"], packed)[0]
 
     def condition(
         self, hidden_BTD: Float[Array, "B T D"], target_BT: Int[Array, "B T"]
