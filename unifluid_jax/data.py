@@ -48,7 +48,7 @@ _IMAGE_TOKENIZER = flags.DEFINE_string(
 _ROWS = flags.DEFINE_integer("rows", 2, "rows of the batch that `show` prints and draws")
 _OUTPUT = flags.DEFINE_string("output", "batch.png", "file for the pictures of `show`")
 
-DATASETS = ("easy_vqa", "openmoji")
+DATASETS = ("easy_vqa", "easy_vqa_recolored", "openmoji")
 
 
 def main(argv: list[str]) -> None:

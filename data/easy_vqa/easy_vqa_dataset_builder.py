@@ -54,7 +54,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return self.dataset_info_from_configs(
             features=features,
             homepage="https://github.com/vzhou842/easy-VQA",
-            license=_LICENSE.read_text(encoding="utf-8"),
+            license=read_license(),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
@@ -67,6 +67,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, records: Iterable[dict]) -> Iterator[tuple[str, dict]]:
         for record in records:
             yield record["id"], record
+
+
+def read_license() -> str:
+    """The licence of easy-VQA, under which all that is made of it is."""
+    return _LICENSE.read_text(encoding="utf-8")
 
 
 def read_wheel(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
