@@ -56,11 +56,11 @@ def test_figures_table_and_plot(bench, tmp_path):
 
 
 @pytest.mark.parametrize("process", ["ddpm", "flow"])
-@pytest.mark.parametrize("queries", [False, True])
-def test_settings_begin_with_the_baseline(bench, process, queries):
+@pytest.mark.parametrize("learned", [(1,), (1, 1, 2, 4, 8)], ids=str)
+def test_settings_begin_with_the_baseline(bench, process, learned):
     parts = bench.model.parts
     sequencer = copy.copy(parts.sequencer)
-    sequencer.layout = dataclasses.replace(sequencer.layout, queries=queries)
+    sequencer.parallel = learned
     parts = dataclasses.replace(parts, process=process_from(process=process), sequencer=sequencer)
     first, *others = sample.settings(parts)
     assert first.name == sample.BASELINE and not first.cache
@@ -69,7 +69,7 @@ def test_settings_begin_with_the_baseline(bench, process, queries):
     assert first.how.sampler == others[0].how.sampler
     assert all(setting.cache for setting in others)
     assert len({setting.name for setting in others}) == len(others)
-    assert {setting.how.parallel for setting in others} == ({1, 2, 4, 8} if queries else {1})
+    assert {setting.how.parallel for setting in others} == set(learned)
 
 
 def test_head_calls_are_counted_at_the_times_of_the_sampler():

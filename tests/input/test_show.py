@@ -131,22 +131,17 @@ def test_brackets_are_a_step_and_other_weights_are_told(toys, world):
         assert all(words[0] == "[" and words[-1] == "]" for words in step), step
 
 
-def test_queries_alternate_with_the_contents_they_asked_for(toys, world):
-    made = world(toys)
+def test_groups_are_bracketed(toys, world):
+    made = world(toys, parallel=(2,))
     made.config.input.mixture = only("generate")
-    layout = made.sequencer.layout
-    made.sequencer.layout = type(layout)(**{**vars(layout), "queries": True})
     iterator = pipeline.packed_batches(made.config, made.sequencer)
     segment = next(show.segments(next(iterator), made.sequencer.layout))
     iterator.close()
     *_, image = show.lines(segment, made.sequencer.text)
     asked = segment.fields["target_position"] >= 0
-    order = segment.fields["target_position"][asked]
-    words = ", ".join(f"> {cell}, {cell}" for cell in order)
-    assert image.split(maxsplit=2)[2] == words[: words.rindex(",")]  # the last is never fed
-    (tokens,) = show._tokens(segment, made.sequencer.scale)
-    raw = made.sequencer.scale.raw(segment.fields["latent_mean"][asked])
-    np.testing.assert_array_equal(tokens[order], raw)
+    a, b, c, d = segment.fields["target_position"][asked]
+    boi = show._piece(made.sequencer.text, made.sequencer.layout.boi)
+    assert image.split(maxsplit=2)[2] == f"[{boi} > {a}, {boi} > {b}], [{a} > {c}, {b} > {d}]"
 
 
 def test_how_full_the_rows_are(shown):

@@ -9,9 +9,7 @@ from ml_collections import ConfigDict
 from unifluid_jax import sharding
 from unifluid_jax.errors import UserError
 from unifluid_jax.models import gemma, kernels
-from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.kernels import Packed
-from unifluid_jax.sequence import Modality
 
 B, T, H, G, K = 2, 256, 4, 2, 128
 
@@ -94,45 +92,12 @@ def test_cudnn_is_the_einsum(bidirectional, window):
 
 
 def test_auto_is_the_best_for_the_devices(monkeypatch):
-    def auto(platform, length=512, head_dim=256, cap=None, queries=False):
+    def auto(platform, length=512, head_dim=256, cap=None):
         monkeypatch.setattr(sharding, "platform", lambda: platform)
-        return kernels.choose("auto", length, head_dim, cap, queries)
+        return kernels.choose("auto", length, head_dim, cap)
 
     assert auto("cpu") == "einsum" and auto("tpu") == "splash" and auto("gpu") == "cudnn"
     assert auto("tpu", length=100) == auto("tpu", head_dim=64) == auto("gpu", cap=50.0) == "einsum"
-    assert auto("tpu", queries=True) == "einsum" and auto("gpu", queries=True) == "cudnn"
-
-
-def test_queries_are_masked_where_splash_would_be_the_best(monkeypatch):
-    """The model's own way from packed rows to a kernel: it ends at the einsum, under the mask."""
-    config = gemma.GemmaConfig(
-        **{"vocab_size": 8, "width": 8, "depth": 1, "mlp_dim": 8, "heads": 1, "kv_heads": 1},
-        **{"head_dim": K, "attention": ("global",), "scan_layers": False, "attention_cap": None},
-    )
-    model = Functional(lambda rngs: gemma.Gemma(config, rngs=rngs))
-    bound = model.bind(model.init(jax.random.key(0)))
-    rows = packed(False)
-    modality = jnp.where(jnp.arange(T) % 5 == 3, Modality.QUERY, Modality.LATENT)
-    queried = rows._replace(modality=jnp.broadcast_to(modality, (B, T)))
-    x, position = jax.random.normal(jax.random.key(1), (B, T, 8)), jnp.indices((B, T))[1]
-    used = []
-    splash = kernels.splash
-    monkeypatch.setattr(kernels, "splash", lambda *x, **y: used.append("splash") or splash(*x, **y))
-    known = kernels.choose
-
-    def on_tpu(*arguments, **options):
-        with monkeypatch.context() as m:
-            m.setattr(sharding, "platform", lambda: "tpu")
-            return known(*arguments, **options)
-
-    monkeypatch.setattr(kernels, "choose", on_tpu)
-    found = bound(x, position, queried)[0]
-    assert used == []
-    np.testing.assert_array_equal(found, bound(x, position, queried.mask())[0])
-    # Without queries the same call takes splash, and sees what they hid.
-    plain = bound(x, position, rows)[0]
-    assert used == ["splash"]
-    assert jnp.abs((plain - found) * real(rows)[:, :, 0]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -146,10 +111,3 @@ def test_queries_are_masked_where_splash_would_be_the_best(monkeypatch):
 def test_a_kernel_that_cannot_is_refused(kernel, length, cap, message):
     with pytest.raises(UserError, match=message):
         kernels.choose(kernel, length, 128, cap)
-
-
-def test_splash_with_queries_is_refused():
-    with pytest.raises(
-        UserError, match="queries is True: set config.model.backbone.kernel to auto"
-    ):
-        kernels.choose("splash", 128, 128, None, queries=True)

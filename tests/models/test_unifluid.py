@@ -96,16 +96,15 @@ def hidden(model, params, batch, latents=None):
     return jax.jit(lambda p, b, x: model.bind(p).hidden(b, x))(params, batch, latents)
 
 
-@pytest.mark.parametrize("queries", [False, True])
+@pytest.mark.parametrize("groups", [(), (2, 2), (1, 3)], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_packed_equals_alone(params, queries, bidirectional):
-    layout = dataclasses.replace(LAYOUT, bidirectional_prefix=bidirectional, queries=queries)
-    config = dataclasses.replace(CONFIG, queries=queries)
-    model = Functional(lambda rngs: UniFluid(config, rngs=rngs))
+def test_packed_equals_alone(params, groups, bidirectional):
+    layout = dataclasses.replace(LAYOUT, bidirectional_prefix=bidirectional)
+    model = Functional(lambda rngs: UniFluid(CONFIG, rngs=rngs))
     rng = np.random.default_rng(1)
-    # Begins with latents, which are its own and not what the last query before them predicts.
+    drawn = sequence.generation(layout, [13, 14], latents(rng), rng.permutation(N), groups=groups)
     bare = sequence.editing(layout, None, latents(rng), [15], latents(rng), rng.permutation(N))
-    parts = [*examples(layout)[:2], bare]
+    parts = [examples(layout)[0], drawn, bare]
     packed = hidden(model, params, pack([parts], length=48))[0]
     alone = hidden(model, params, pack([[part] for part in parts], length=48))
     at = 0
@@ -223,25 +222,28 @@ def test_fresh_positions_tell_rows_and_columns_apart():
     np.testing.assert_allclose(np.abs(content).max(), 2.0, rtol=1e-3)
 
 
-def test_a_query_sees_the_contents_before_it_and_no_other_query(params):
-    model = Functional(lambda rngs: UniFluid(dataclasses.replace(CONFIG, queries=True), rngs=rngs))
-    example = examples(dataclasses.replace(LAYOUT, queries=True))[1]
+@pytest.mark.parametrize("groups", [(1, 1, 1, 1), (2, 2), (1, 3)], ids=str)
+def test_a_group_sees_all_tokens_before_it_and_none_of_its_own(params, groups):
+    model = Functional(lambda rngs: UniFluid(CONFIG, rngs=rngs))
+    rng = np.random.default_rng(0)
+    example = sequence.generation(LAYOUT, [13, 14], latents(rng), rng.permutation(N), groups=groups)
     batch = pack([[example]], length=16)
-    queries = np.flatnonzero(example.target_position >= 0)
+    asking = np.flatnonzero(example.target_position >= 0)
+    ends = np.repeat(np.cumsum(groups), groups)
 
     @jax.jit
     def outputs(x, target):
         hidden = model.bind(params).hidden({**batch, "target_position": target}, x)
-        return jnp.square(hidden[0, queries]).sum(axis=-1)
+        return jnp.square(hidden[0, asking]).sum(axis=-1)
 
     target = batch["target_position"]
     jacobian = jax.jit(jax.jacrev(outputs))(batch["latent_mean"], target)[:, 0]
-    for i in range(N):
-        # A latent is kept at the query that predicts it, and fed by the content that follows.
-        seen = np.flatnonzero(np.abs(jacobian[i]).sum(-1))
-        np.testing.assert_array_equal(seen, queries[:i])
     base = outputs(batch["latent_mean"], target)
     for i in range(N):
-        other = target.at[0, queries[i]].set((target[0, queries[i]] + 1) % N)
+        # A latent is kept where it is predicted, and fed a group later.
+        seen = np.flatnonzero(np.abs(jacobian[i]).sum(-1))
+        np.testing.assert_array_equal(seen, asking[: ends[i] - np.repeat(groups, groups)[i]])
+        # What is asked for is known to all of the group, and to those after it.
+        other = target.at[0, asking[i]].set((target[0, asking[i]] + 1) % N)
         changed = np.abs(outputs(batch["latent_mean"], other) - base) > 1e-6
-        np.testing.assert_array_equal(np.flatnonzero(changed), [i])
+        np.testing.assert_array_equal(changed, ends >= ends[i])

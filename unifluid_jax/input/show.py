@@ -71,11 +71,14 @@ def lines(segment: Segment, tokenizer: TextTokenizer) -> Iterator[str]:
     kinds = [_kind(segment.fields, i) for i in range(len(segment))]
     for kind, run in itertools.groupby(range(len(segment)), key=lambda i: kinds[i]):
         run = list(run)
-        positions = segment.fields["position"][run]
-        words = _words(kind, segment.fields, run, tokenizer)
-        if len(run) > 1 and not segment.fields["step"][run[1:]].any():
-            words = f"[{words}]"
-        yield f"{positions[0]:>5}-{positions[-1]:<4} {kind:<8} {words}"
+        positions, step = segment.fields["position"][run], segment.fields["step"][run]
+        starts = np.flatnonzero(step) if kind == "image" else [0]
+        words = []
+        for start, end in itertools.pairwise([*starts, len(run)]):
+            words.append(_words(kind, segment.fields, run[start:end], tokenizer))
+            if end - start > 1 and not step[start + 1 : end].any():
+                words[-1] = f"[{words[-1]}]"
+        yield f"{positions[0]:>5}-{positions[-1]:<4} {kind:<8} {', '.join(words)}"
 
 
 def _kind(fields: Mapping[str, np.ndarray], i: int) -> str:
