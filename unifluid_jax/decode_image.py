@@ -353,7 +353,7 @@ def _begin(
     length_F = (prefix["segment"] > 0).sum(axis=1) - 1
     valid_FP = jnp.arange(length)[None] < length_F[:, None]
     prefix = {**prefix, "segment": valid_FP.astype(jnp.int32)}
-    _, cache = fill(model, prefix, count)
+    cache = _filled(model, prefix, count)
     # Rows of the least conditional branch are as long as those of the most conditional one, and end
     # alike; where one row stands for all of them, only what was before the end is its own.
     row_R, owner_R = (jnp.arange(branches * rows),) * 2
@@ -375,6 +375,24 @@ def _begin(
         temperature=jnp.asarray(temperature, jnp.float32),
     )
     return fixed, _Progress(cache, given.tokens_BNC)
+
+
+def _filled(model: UniFluid, prefix: Batch, room: int) -> Cache:
+    """The cache of prefixes; where all are short, of the first half of their positions alone."""
+    length = prefix["segment"].shape[1]
+    half = (length + 1) // 2
+
+    def filled(part: int, prefix: Batch) -> Cache:
+        images = prefix["images"]
+        prefix = {name: x[:, :part] for name, x in prefix.items()} | {"images": images}
+        return fill(model, prefix, length - part + room)[1]
+
+    return jax.lax.cond(
+        prefix["segment"][:, half:].any(),
+        functools.partial(filled, length),
+        functools.partial(filled, half),
+        prefix,
+    )
 
 
 def _step(
