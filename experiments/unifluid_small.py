@@ -10,7 +10,7 @@ The second training goes on from the first with what a longer one needs: four ti
 so that none is known by heart; prompts with words left out, so that colours and shapes are learned
 apart and combine as training has never shown them; and groups of up to eight image tokens.
 
-Expected: 70 minutes on two cores; the card of the model has the scores.
+Expected: 50 minutes on two cores; the card of the model has the scores.
 
 Arguments: `steps`, `debug` (a CPU minute).
 """
@@ -22,7 +22,7 @@ from unifluid_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, steps=14_000, debug=False)
+    arg = parse_arg(arg, steps=10_000, debug=False)
     config = quickstart.get_config(f"steps={arg.steps}{',debug' if arg.debug else ''}")
     config.init_from = "" if arg.debug else "runs/two_hours"
     config.optim.lr = 6e-3  # the weights are good ones

@@ -12,6 +12,7 @@ from absl.testing import flagsaver
 
 from data import png
 from data.easy_vqa import easy_vqa_dataset_builder as easy_vqa
+from data.easy_vqa_recolored import easy_vqa_recolored_dataset_builder as easy_vqa_recolored
 from unifluid_jax import data, image_tokenizer
 from unifluid_jax.errors import UserError
 from unifluid_jax.evals import shapes
@@ -35,12 +36,13 @@ def wheel(tmp_path, monkeypatch):
                 f.writestr(f"easy_vqa/data/{split}/images/{number}.png", file)
                 questions.append([f"what is the {color} shape?", shape, number])
             f.writestr(f"easy_vqa/data/{split}/questions.json", json.dumps(questions))
-    monkeypatch.setattr(easy_vqa, "fetch", lambda source, data_dir: path)
+    for module in (easy_vqa, easy_vqa_recolored):
+        monkeypatch.setattr(module, "fetch", lambda source, data_dir: path)
 
 
-def build(data_dir):
-    """Builds easy_vqa; returns its folder and what was printed."""
-    builder = data.make_builder("easy_vqa", data_dir)
+def build(data_dir, name="easy_vqa"):
+    """Builds a data set; returns its folder and what was printed."""
+    builder = data.make_builder(name, data_dir)
     console = rich.console.Console(record=True, soft_wrap=True)
     data.build(builder, console)
     return Path(builder.data_path), console.export_text()
@@ -53,6 +55,25 @@ def test_builds_once(wheel, tmp_path):
     written = {file: file.stat().st_mtime_ns for file in path.iterdir()}
     assert "half-built" not in build(tmp_path)[1]
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == written
+
+
+def test_recolored_copies_are_records_of_their_own(wheel, tmp_path):
+    path, text = build(tmp_path, "easy_vqa_recolored")
+    assert "train 63 records" in text  # three copies of each that is not held out
+    assert "Copyright (c) 2019 Victor Zhou" in (path / "LICENSE").read_text()
+    build(tmp_path)
+    originals = Records("easy_vqa", "train", tmp_path)
+    images = {record.id: record.images for record in map(originals.__getitem__, range(21))}
+    records = Records("easy_vqa_recolored", "train", tmp_path)
+    seen = set()
+    for record in map(records.__getitem__, range(len(records))):
+        owner, number = record.id.rsplit("/", 1)
+        assert record.images == [images[owner][int(number)]]
+        judged = shapes.judge(record.image(0))
+        assert record.captions == [(0, f"a {judged.color} {judged.shape}")]
+        assert not record.questions and not record.edits
+        seen.add((judged.color, judged.shape))
+    assert len(seen) > 12 and not seen & easy_vqa.HELD_OUT
 
 
 def truncate(file):
