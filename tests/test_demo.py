@@ -25,8 +25,8 @@ def handlers(model, monkeypatch):
     return demo.Handlers(model)
 
 
-# Guidance, temperature, steps, order, seed, whether a fresh one.
-SETTINGS = (2.0, 1.0, 2, "random", 5, False)
+# Guidance, temperature, steps, tokens at once, order, seed, whether a fresh one.
+SETTINGS = (2.0, 1.0, 2, 1, "random", 5, False)
 MASK = np.kron(np.array([[0, 1], [0, 0]]), np.ones((8, 8), int))
 
 
@@ -63,7 +63,7 @@ def test_pictures_appear_as_they_are_made(handlers, model, old):
 
 
 def test_a_fresh_seed_gives_another_picture_and_is_told(handlers):
-    fresh = (*SETTINGS[:5], True)
+    fresh = (*SETTINGS[:6], True)
     (*_, first), (*_, second) = (list(handlers.generate("a", 1, [], *fresh)) for _ in range(2))
     assert first[1].split()[-1] != second[1].split()[-1]
     assert np.any(shown(first[0])[0] != shown(second[0])[0])
@@ -112,7 +112,7 @@ def test_texts_grow(handlers, model, tmp_path):
 
 
 def settings(**changes):
-    names = ("guidance", "temperature", "steps", "order", "seed", "fresh")
+    names = ("guidance", "temperature", "steps", "parallel", "order", "seed", "fresh")
     return tuple((dict(zip(names, SETTINGS, strict=True)) | changes).values())
 
 
@@ -129,6 +129,10 @@ NAN = float("nan")
         (lambda h: h.generate("a", NAN, [], *SETTINGS), "Nan pictures at once: ask for 1 to 4."),
         (lambda h: h.generate("a", 1, [], *settings(guidance=NAN)), "Guidance is nan: set it to"),
         (lambda h: h.generate("a", 1, [], *settings(steps=0)), "0 sampling steps: set 1 or more."),
+        (
+            lambda h: h.generate("a", 1, [], *settings(parallel=2)),
+            "Parallel=2, and the model has learned to draw at most 1 at once",
+        ),
         (lambda h: h.generate("a", 1, [], *settings(order="x")), 'Order is "x": set it to random'),
         (lambda h: h.generate("a", 1, [], *settings(seed=None)), "There is no seed: type a whole"),
         (lambda h: h.generate("a", 1, [], *settings(seed=-4)), "Seed is -4: set it to 0 or more."),

@@ -213,6 +213,7 @@ class Handlers:
         guidance: Number,
         temperature: Number,
         steps: Number,
+        parallel: Number,
         order: str,
         seed: Number | None,
         fresh: bool,
@@ -226,6 +227,7 @@ class Handlers:
             "guidance": guidance,
             "temperature": temperature,
             "steps": int(steps),
+            "parallel": int(parallel),
             "order": order,
             "seed": int(seed),
         }
@@ -403,6 +405,7 @@ def _tabs() -> dict[str, dict[str, Any]]:
 def _settings(model: inference.Model) -> list[Any]:
     """What `Handlers.settings` takes, from the defaults of the model's config."""
     drawing, sampler = model.drawing(), model.config.sampling.sampler
+    learned = max(model.parts.sequencer.parallel)
     with gr.Accordion("Settings", open=False):
         guidance = gr.Slider(
             1, 10, drawing.guidance, step=0.1, label="Guidance",
@@ -414,11 +417,15 @@ def _settings(model: inference.Model) -> list[Any]:
         steps = gr.Slider(
             1, max(100, sampler.steps), sampler.steps, step=1, label="Steps of the sampler"
         )
+        parallel = gr.Slider(
+            1, max(learned, 2), drawing.how.parallel, step=1, label="Tokens at once",
+            info="more are faster, and know less of each other", visible=learned > 1,
+        )  # fmt: skip
         order = gr.Radio(["random", "raster"], value=drawing.order, label="Order of the tokens")
         with gr.Row():
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
             fresh = gr.Checkbox(True, label="a new one each time", elem_id="fresh")
-    return [guidance, temperature, steps, order, seed, fresh]
+    return [guidance, temperature, steps, parallel, order, seed, fresh]
 
 
 def _index(event: gr.SelectData) -> int:
