@@ -444,6 +444,7 @@ def _asking(
     """
     index_K = known + jnp.arange(stage.width)
     count_B = fixed.count_B
+    # The last of a group are fed the group before, from its first token `before` on.
     width_B = stage.width - jnp.maximum(count_B - known, 0)
     fed_BK = index_K[None] - width_B[:, None]
     before = known - jnp.where(known == stage.first, stage.before, stage.width)
