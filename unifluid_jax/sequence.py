@@ -34,8 +34,8 @@ What k above 1 costs is that the tokens of a group do not know of each other, on
 
 Latents are kept with the position that *predicts* them, and the input at position l is
 `latent[l - behind[l]]`: one array serves inputs and targets, and a sample of the posterior is drawn
-once for both. Source latents (editing) are kept where they are fed, `behind` being 0. Where pictures
-are encoded inside the training step, these take the place of latents in a sequence, and
+once for both. Source latents (editing) are kept where they are fed, `behind` being 0. Where
+pictures are encoded inside the training step, these take the place of latents in a sequence, and
 `latent_index` says which belong where.
 
 The mask is one integer vector (PaliGemma's idiom): `step` is 1 where a new causal step starts; with
