@@ -38,7 +38,7 @@ from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
 from unifluid_jax.samplers import Sampler, guidance_at, guided, sampler_from, within
-from unifluid_jax.sequence import Modality, group_sizes
+from unifluid_jax.sequence import GROWTHS, Modality, group_sizes
 from unifluid_jax.sequence import Sequence as TokenSequence
 
 _BUCKETS = 4  # numbers of diffusion steps that DiSA's schedule takes: each is compiled
@@ -96,8 +96,8 @@ class ImageSampling:
                 )
         if self.parallel < 1:
             raise UserError(f"parallel is {self.parallel}: draw 1 token or more in a step")
-        if self.growth not in ("constant", "cosine"):
-            raise UserError(f'growth is "{self.growth}": set it to constant or cosine')
+        if self.growth not in GROWTHS:
+            raise UserError(f'growth is "{self.growth}": set it to {" or ".join(GROWTHS)}')
         if self.limit is not None and not self.limit > 0:
             raise UserError(f"limit is {self.limit}: set it above 0, or to None for no bound")
 

@@ -331,14 +331,17 @@ def _asked(
     return span
 
 
+GROWTHS = ("constant", "cosine")
+
+
 def group_sizes(count: int, parallel: int, growth: str = "constant") -> list[int]:
     """Sizes of groups, `parallel` tokens on average, never falling; they add up to `count`.
 
     A remainder goes first, where the least is known.
 
     Args:
-        growth: "constant", or "cosine" for few tokens in the first groups and many in the last
-            (MaskGIT).
+        growth: one of `GROWTHS`: "constant", or "cosine" for few tokens in the first groups and
+            many in the last (MaskGIT).
     """
     parallel = min(parallel, count)
     steps = -(-count // parallel)

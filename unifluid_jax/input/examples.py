@@ -283,9 +283,13 @@ class Sequencer:
         return sequence.raster(self.layout)
 
     def _groups(self, rng: np.random.Generator) -> list[int]:
-        """Numbers of image tokens that an example asks for at once."""
+        """Numbers of image tokens that an example asks for at once.
+
+        They grow in one of the ways that decoding knows.
+        """
         parallel = self.parallel[0] if len(self.parallel) == 1 else int(rng.choice(self.parallel))
-        return sequence.group_sizes(self.layout.image_tokens, parallel)
+        growth = "constant" if parallel == 1 else str(rng.choice(sequence.GROWTHS))
+        return sequence.group_sizes(self.layout.image_tokens, parallel, growth)
 
     def largest(self, task: str) -> dict[str, int]:
         """What an example of a task takes up at most, by the names of the caps in the config.
