@@ -84,13 +84,14 @@ def test_the_docstring_has_command_expectation_and_every_argument(name, monkeypa
     launch = rf"^ +unifluid train --config=experiments/{name}.py --workdir=runs/{name}$"
     assert re.search(launch, doc(name), re.MULTILINE)
     assert re.search(r"^Expected: .+", doc(name), re.MULTILINE)
-    known = []
+    calls = []
     parse = configs.parse_arg
     monkeypatch.setattr(
-        configs, "parse_arg", lambda arg, **kw: known.append(set(kw)) or parse(arg, **kw)
+        configs, "parse_arg", lambda arg, **kw: calls.append(kw) or parse(arg, **kw)
     )
     load(name)
-    assert set(documented(name)) == known[0]  # those of a config that it builds on may follow
+    known = calls[0]  # those of a config that it builds on may follow
+    assert set(documented(name)) == set(known)
     assert known["debug"] is False
     assert known.get("base", "runs/quickstart") == "runs/quickstart"
     for argument, values in documented(name).items():
