@@ -109,15 +109,13 @@ def settings(parts: Parts) -> list[Setting]:
         make(f"{fast} 6, DiSA, interval", fast, 6, **both),
         make(f"{fast} 4, DiSA, interval", fast, 4, **interval, last_steps=2),
     ]
-    widths = sorted(set(learned) - {1})
-    found += [make(f"{fast} 25, k={k}", fast, 25, parallel=k) for k in widths]
-    if widths:
-        middle = widths[len(widths) // 2]
-        cosine = {"parallel": middle, "growth": "cosine"}
-        found.append(make(f"{fast} 25, k={middle} cosine", fast, 25, **cosine))
-    for k in widths:
-        found.append(make(f"{fast} 10, k={k}, interval", fast, 10, parallel=k, **interval))
-        found.append(make(f"{fast} 6, k={k}, DiSA, interval", fast, 6, parallel=k, **both))
+    for k in sorted(set(learned) - {1}):
+        cosine = {"parallel": k, "growth": "cosine"}
+        found += [
+            make(f"{fast} 25, k={k}", fast, 25, parallel=k),
+            make(f"{fast} 25, k={k} cosine", fast, 25, **cosine),
+            make(f"{fast} 8, k={k} cosine, DiSA", fast, 8, **cosine, **disa),
+        ]
     return found
 
 

@@ -199,6 +199,7 @@ def test_convert_writes_a_folder_with_a_card(world, tmp_path):
     card = (tmp_path / "small" / "README.md").read_text()
     assert "| vqa/accuracy | 0.875 | 64 |" in card and 'load("small")' in card
     assert "| trained for | 7 steps of 2 packed rows of 32 positions |" in card
+    assert "| begun from | fresh weights |" in card
     count = sum(leaf.size for leaf in jax.tree.leaves(ema))
     assert f"| parameters | {count:,} |" in card
     # Those are the scores of the averages.

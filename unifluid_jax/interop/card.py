@@ -55,6 +55,7 @@ def card(
         lines += [
             f"| trained for | {step:,} steps of {config.input.batch_size} packed rows of"
             f" {config.input.seq_len} positions |",
+            f"| begun from | {config.init_from or 'fresh weights'} |",
             f"| on | {', '.join(data)} |",
             f"| tasks | {', '.join(tasks)} |",
         ]
