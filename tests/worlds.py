@@ -50,6 +50,7 @@ def make_config(folder, evals=None):
     save_image_tokenizer(folder / "image_tokenizer")
     config = ConfigDict()
     config.task = "unifluid"
+    config.init_from = ""
     config.seed = 0
     config.data_dir = str(folder)
     config.tokenizer = {"path": TOKENIZER}
