@@ -308,26 +308,22 @@ def table(results: Sequence[dict[str, Any]], facts: dict[str, Any], picture: str
 
 def plot(results: Sequence[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:
     """Quality over speed, one point a setting."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5))
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     for ax, (score, title) in zip(
         axes, {"both": "colour and shape right", "frechet": "Frechet distance"}.items(), strict=True
     ):
-        for r in results:
-            ax.plot(r["images_per_s"], r[score], "s" if r["name"] == BASELINE else "o")
-            ax.annotate(
-                r["name"],
-                (r["images_per_s"], r[score]),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=7,
-            )
+        for number, r in enumerate(results, start=1):
+            mark = "s" if r["name"] == BASELINE else "o"
+            ax.plot(r["images_per_s"], r[score], mark, label=f"{number}  {r['name']}")
+            place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8}
+            ax.annotate(str(number), (r["images_per_s"], r[score]), **place)
         ax.set(xscale="log", xlabel=f"images/s, {facts['batch']} rows", ylabel=title)
-        ax.margins(x=0.25)  # room for the names
         ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         ax.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{facts['device']}, {facts['prompts']} prompts of {facts['data']}")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
