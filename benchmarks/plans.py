@@ -4,6 +4,7 @@
 
 Writes docs/plans.json and, made of it, docs/plans.md. A compilation takes minutes: what is in the
 file already, of the same config and versions, is kept, and each plan is written when it is done.
+Until then a plan of an earlier config stays, and the page says so.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from unifluid_jax import cli, planning
 from unifluid_jax import config as configs
@@ -33,6 +35,7 @@ TOPOLOGIES = {
 }
 _DOCS = Path("docs")
 _GIB = 2**30
+_OLD = "(earlier)"
 
 _HEAD = """# What the recipes need
 
@@ -68,7 +71,7 @@ def run(only: str, file: Path) -> None:
         raise UserError("compiling for TPUs needs libtpu: pip install -e .[tpu]")
     for name, layout in cases():
         key = f"{name} {layout}"
-        config = configs.load(f"experiments/{name}.py:topology={layout}")
+        config = load(name, layout)
         mark = fingerprint(config)
         old = kept.get(key, {})
         same = old.get("fingerprint") == mark and old.get("versions") == versions
@@ -82,7 +85,12 @@ def run(only: str, file: Path) -> None:
     print(f"{file.with_suffix('.md')} is up to date")
 
 
-def fingerprint(config: Any) -> str:
+def load(name: str, layout: str) -> ConfigDict:
+    """The config of a case."""
+    return configs.load(f"experiments/{name}.py:topology={layout}")
+
+
+def fingerprint(config: ConfigDict) -> str:
     """Changes with every field of the config."""
     text = json.dumps(configs.to_json(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -99,7 +107,9 @@ def page(kept: dict[str, Any]) -> str:
             "temp | step s | MFU | TFLOP model / issued | GB sent |"
         )
         lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-        lines += [_row(layout, found) for layout, found in rows]
+        lines += [_row(layout, found, _is_old(name, layout, found)) for layout, found in rows]
+    if any(_is_old(*key.split(), found) for key, found in kept.items()):
+        lines.append(f"\n{_OLD} of the recipe as it was before the last change of its config.")
     used = sorted({json.dumps(found["versions"]) for found in kept.values()})
     if used:
         names = [", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in used]
@@ -107,13 +117,17 @@ def page(kept: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(layout: str, found: dict[str, Any] | None) -> str:
+def _is_old(name: str, layout: str, found: dict[str, Any] | None) -> bool:
+    return found is not None and found["fingerprint"] != fingerprint(load(name, layout))
+
+
+def _row(layout: str, found: dict[str, Any] | None, old: bool) -> str:
     if found is None:
         return f"| {layout} | {TOPOLOGIES[layout]} | not compiled yet | | | | | | | | |"
     hbm, parts = found["hbm"], found["batch"]["accumulate"]
     state = sum(hbm[name] for name in ("parameters", "ema", "optimizer", "batch")) / _GIB
     cells = [
-        layout,
+        f"{layout} {_OLD}" if old else layout,
         found["topology"],
         " x ".join(str(size) for size in found["mesh"].values()) + f", {parts} part(s)",
         found["remat"],
