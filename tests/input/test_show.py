@@ -132,7 +132,7 @@ def test_brackets_are_a_step_and_other_weights_are_told(toys, world):
 
 
 def test_groups_are_bracketed(toys, world):
-    made = world(toys, parallel=(2,))
+    made = world(toys, parallel=(3,))  # 1 and 3, however they grow
     made.config.input.mixture = only("generate")
     iterator = pipeline.packed_batches(made.config, made.sequencer)
     segment = next(show.segments(next(iterator), made.sequencer.layout))
@@ -141,7 +141,7 @@ def test_groups_are_bracketed(toys, world):
     asked = segment.fields["target_position"] >= 0
     a, b, c, d = segment.fields["target_position"][asked]
     boi = show._piece(made.sequencer.text, made.sequencer.layout.boi)
-    assert image.split(maxsplit=2)[2] == f"[{boi} > {a}, {boi} > {b}], [{a} > {c}, {b} > {d}]"
+    assert image.split(maxsplit=2)[2] == f"{boi} > {a}, [{boi} > {b}, {boi} > {c}, {a} > {d}]"
 
 
 def test_how_full_the_rows_are(shown):
