@@ -99,6 +99,7 @@ def fingerprint(config: ConfigDict) -> str:
 def page(kept: dict[str, Any]) -> str:
     """The page of all plans."""
     lines = [_HEAD]
+    old = {k for k, found in kept.items() if found["fingerprint"] != fingerprint(load(*k.split()))}
     for name in RECIPES:
         rows = [(layout, kept.get(f"{name} {layout}")) for n, layout in cases() if n == name]
         lines.append(f"\n## {name}\n")
@@ -107,18 +108,14 @@ def page(kept: dict[str, Any]) -> str:
             "temp | step s | MFU | TFLOP model / issued | GB sent |"
         )
         lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-        lines += [_row(layout, found, _is_old(name, layout, found)) for layout, found in rows]
-    if any(_is_old(*key.split(), found) for key, found in kept.items()):
+        lines += [_row(layout, found, f"{name} {layout}" in old) for layout, found in rows]
+    if old:
         lines.append(f"\n{_OLD} of the recipe as it was before the last change of its config.")
     used = sorted({json.dumps(found["versions"]) for found in kept.values()})
     if used:
         names = [", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in used]
         lines.append(f"\nCompiled with {'; '.join(names)}.")
     return "\n".join(lines) + "\n"
-
-
-def _is_old(name: str, layout: str, found: dict[str, Any] | None) -> bool:
-    return found is not None and found["fingerprint"] != fingerprint(load(name, layout))
 
 
 def _row(layout: str, found: dict[str, Any] | None, old: bool) -> str:

@@ -34,17 +34,17 @@ def params():
     return make_params(MODEL)
 
 
-def example(case, row, branch=0, target=None, given=None):
+def example(case, row, branch=0, target=None, given=None, groups=()):
     """The prefix of a row in a branch; with `target` [N, C], the whole, or what is given of it."""
     name, task = case
     layout = LAYOUTS[name]
     prompt = PROMPTS[row] if branch == 0 else sequence.dropped(layout, PROMPTS[row])
     target = None if target is None else Latents(np.asarray(target), np.zeros((N, C), np.float32))
     if task == "generate":
-        return sequence.generation(layout, prompt, target, order(row), given)
+        return sequence.generation(layout, prompt, target, order(row), given, groups)
     source = (decoding.picture(row), latents(row))
     return sequence.editing(
-        layout, *source, prompt, target, order(row), given, source_dropped=branch == 2
+        layout, *source, prompt, target, order(row), given, groups, source_dropped=branch == 2
     )
 
 
@@ -118,22 +118,12 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
 def asked(case, row, branch, tokens, count, how):
     """The training sequence of an image whose first `count` tokens came one by one, the others as
     the settings say; and the place that asks for its first token."""
-    name, task = case
-    layout = LAYOUTS[name]
     sizes = sequence.group_sizes(N, how.parallel, how.growth)
     ends = np.cumsum(sizes).tolist()
     groups = [1] * count + [
         min(s, e - count) for s, e in zip(sizes, ends, strict=True) if e > count
     ]
-    target = Latents(tokens, np.zeros((N, C), np.float32))
-    prompt = PROMPTS[row] if branch == 0 else sequence.dropped(layout, PROMPTS[row])
-    if task == "generate":
-        whole = sequence.generation(layout, prompt, target, order(row), groups=groups)
-    else:
-        source = (decoding.picture(row), latents(row))
-        whole = sequence.editing(
-            layout, *source, prompt, target, order(row), groups=groups, source_dropped=branch == 2
-        )
+    whole = example(case, row, branch, tokens, groups=groups)
     return whole, np.flatnonzero(whole.image_weight)[0]
 
 
