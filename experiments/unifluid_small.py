@@ -28,17 +28,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = "" if arg.debug else "runs/two_hours"
     config.optim.lr = arg.lr  # less than from nothing
     config.train.ema_decay = 0.999
-    config.input.word_drop = 0.1
-    config.input.parallel = (1, 1, 1, 1, 2, 2, 4, 8)  # most often few at once
+    config.input.parallel = (1, 1, 1, 1, 1, 1, 2, 2, 4, 8)  # most often few at once
     config.input.mixture = tuple(
         {"dataset": dataset, "split": "train", "task": task, "weight": weight}
         for dataset, task, weight in (
             # Reading is learned, and kept.
             ("easy_vqa", "caption", 0.1),
-            ("easy_vqa", "vqa", 0.4),
-            ("easy_vqa", "generate", 1.2),
-            ("easy_vqa_recolored", "generate", 2.8),
-            ("easy_vqa", "edit", 0.7),
+            ("easy_vqa", "vqa", 0.3),
+            ("easy_vqa", "generate", 1.0),
+            ("easy_vqa_recolored", "generate", 3.6),
+            ("easy_vqa", "edit", 0.6),
             ("openmoji", "caption", 0.1),
             ("openmoji", "vqa", 0.05),
             ("openmoji", "generate", 0.7),

@@ -106,7 +106,8 @@ def make_record(
         rng = random.Random(identity)
         allowed = [c for c in COLORS if c != color and (c, shape) not in HELD_OUT]
         for target, new_color in enumerate(rng.sample(allowed, VARIANTS), start=1):
-            images.append(png.encode(recolor(image_HWC, color, new_color)))
+            recolored = recolor(image_HWC, shapes.PALETTE[color], shapes.PALETTE[new_color])
+            images.append(png.encode(recolored))
             # A held-out picture is what its edits must produce: the combination that no training
             # example shows.
             source, target, wanted = (target, 0, color) if held_out else (0, target, new_color)
@@ -150,11 +151,11 @@ def labels_from_answers(questions: Iterable[tuple[str, str]]) -> tuple[str, str]
 
 
 def recolor(
-    image_HWC: UInt8[np.ndarray, "H W 3"], color: str, new_color: str
+    image_HWC: UInt8[np.ndarray, "H W 3"], color: Sequence[int], new_color: Sequence[int]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The same picture with its shape in another palette colour; the background stays as it was."""
+    """The same picture with its shape of one RGB colour in another; the background stays."""
     pixels_HWC = shapes.to_255(image_HWC)
     background = shapes.background_color(pixels_HWC)
-    old, new = (np.asarray(shapes.PALETTE[name], np.float32) for name in (color, new_color))
+    old, new = (np.asarray(rgb, np.float32) for rgb in (color, new_color))
     alpha_HW1 = shapes.coverage(pixels_HWC, background, old)[..., None]
     return np.clip(np.rint(pixels_HWC + alpha_HW1 * (new - old)), 0, 255).astype(np.uint8)
