@@ -237,14 +237,33 @@ def test_three_branches_are_mixed_as_instructpix2pix_does():
     np.testing.assert_allclose(mixed, expected, rtol=1e-5)
 
 
-def test_within_runs_one_of_two_networks():
-    x = jnp.ones((2, 3))
-    for process, times in ((Flow(), (100.0, 500.0, 900.0)), (DDPM(steps=50), (5, 25, 45))):
-        predict = samplers.within((0.3, 0.7), process, lambda x, t: x + t, lambda x, t: x - t)
-        found = [float(predict(x, jnp.asarray(t, jnp.float32))[0, 0]) for t in times]
-        assert found == [1 - times[0], 1 + times[1], 1 - times[2]]
-    inside = lambda x, t: x  # noqa: E731
-    assert samplers.within((0.0, 1.0), Flow(), inside, lambda x, t: -x) is inside
+@each_sampler
+@pytest.mark.parametrize("interval", [(0.35, 0.75), (0.35, 1.0), (0.0, 0.75), (0.0, 1.0)])
+def test_a_network_of_an_interval_is_run_within_it_alone(sampler, predict, interval):
+    calls = {"inside": [], "outside": []}
+
+    def network(name, sign):
+        def run(x, t):
+            jax.debug.callback(lambda t: calls[name].append(float(t)), t)
+            return sign * predict(x, t)
+
+        return run
+
+    def chosen(x, t):  # both are run, and one is thrown away
+        time = t / sampler.process.duration
+        here = (interval[0] <= time) & (time <= interval[1])
+        return jnp.where(here, predict(x, t), -predict(x, t))
+
+    both = samplers.Within(interval, network("inside", 1), network("outside", -1))
+    found = sampler(keys(4), both, 3)
+    # The first clean token of a DDPM is a difference of numbers of the size of 2e4.
+    np.testing.assert_allclose(found, sampler(keys(4), chosen, 3), rtol=1e-3, atol=5e-3)
+    jax.effects_barrier()
+    times = sampler.times
+    here = (interval[0] <= times) & (times <= interval[1])
+    for name, expected in (("inside", times[here]), ("outside", times[~here])):
+        found = sorted(calls[name], reverse=True)  # callbacks come in no order
+        np.testing.assert_allclose(found, expected * sampler.process.duration, rtol=1e-5)
 
 
 def test_guidance_schedules():

@@ -32,12 +32,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from unifluid_jax.decode import fill, rows_of, stack
-from unifluid_jax.diffusion import Process
+from unifluid_jax.diffusion import Predict, Process
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
-from unifluid_jax.samplers import Sampler, guidance_at, guided, sampler_from, within
+from unifluid_jax.samplers import Sampler, Within, guidance_at, guided, sampler_from
 from unifluid_jax.sequence import GROWTHS, Modality, group_sizes
 from unifluid_jax.sequence import Sequence as TokenSequence
 
@@ -487,7 +487,7 @@ def _draw(
     def conditional(x_BKC: Array, t: Array) -> Array:
         return model.head(x_BKC, t, z_GBKD[0])
 
-    predict = conditional
+    predict: Predict | Within = conditional
     if branches > 1:
         fraction = (known + stage.width) / count
         scales = tuple(
@@ -495,7 +495,7 @@ def _draw(
             for scale in fixed.guidance
         )
         everything = guided(lambda x_1BKC, t: model.head(x_1BKC, t, z_GBKD), scales, dim)
-        predict = within(how.interval, stage.sampler.process, everything, conditional)
+        predict = Within(how.interval, everything, conditional)
     x_BKC = stage.sampler(key_BK, predict, dim, _column(fixed.temperature))
     if how.limit is None:
         return x_BKC

@@ -8,7 +8,8 @@ A network enters as in `diffusion.py`, as `predict(x, t) -> out`.
 
 A sampler is called per batch of rows, with a key per row: the noise of a row depends on its key
 alone, so that a picture does not depend on the batch around it. Guidance and temperature, scalars
-or one per row, are traced; the number of steps is static.
+or one per row, are traced; the number of steps is static. Of two networks for different times, see
+`Within`, each has loops of its own, and costs nothing outside of them.
 
 | name | process | evaluations of the network | noise at the steps |
 |---|---|---|---|
@@ -25,7 +26,9 @@ of guidance, the most conditional first; O outputs of the network, C or 2 C.
 
 import abc
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +40,14 @@ from jaxtyping import Array, Float
 
 from unifluid_jax.diffusion import DDPM, Chain, Constant, Flow, Predict, Process, construct
 from unifluid_jax.errors import UserError
+
+
+class Within(NamedTuple):
+    """One network inside an interval of diffusion time, 0 (clean) to 1 (noise), another outside."""
+
+    interval: tuple[float, float]
+    inside: Predict
+    outside: Predict
 
 
 class Sampler(abc.ABC):
@@ -52,7 +63,7 @@ class Sampler(abc.ABC):
 
     @abc.abstractmethod
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
         """Tokens for a key per row; `predict` is called on x_NC and a scalar time."""
 
@@ -80,7 +91,11 @@ class _ChainSampler(Sampler):
 
     @property
     def times(self) -> Float[np.ndarray, " E"]:
-        return self.process.chain(self.steps).time[::-1] / self.process.duration
+        return self._times[::-1]
+
+    @property
+    def _times(self) -> Float[np.ndarray, "S"]:
+        return self.process.chain(self.steps).time / self.process.duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +118,17 @@ class Ancestral(_ChainSampler):
     clip: float | None = None
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
         scale = _per_row(temperature)
 
-        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
+        def step(predict: Predict, x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
             out = predict(x, chain.time).astype(jnp.float32)
             mean, log_variance = self.process.reverse(chain, x, out, self.clip)
             return mean + chain.stochastic * scale * jnp.exp(0.5 * log_variance) * draw()
 
-        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps), dim)
+        chain = self.process.chain(self.steps)
+        return _descend(step, predict, self._times, key_N, _first(key_N, dim), chain, dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +150,11 @@ class DDIM(_ChainSampler):
     clip: float | None = None
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
         scale = _per_row(temperature)
 
-        def step(x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
+        def step(predict: Predict, x: Array, chain: Chain, draw: Callable[[], Array]) -> Array:
             clean, noise = self.process.denoise(chain, x, predict(x, chain.time), self.clip)
             if self.eta == 0:
                 return chain.signal_before * clean + chain.noise_before * noise
@@ -146,7 +162,8 @@ class DDIM(_ChainSampler):
             kept = jnp.sqrt(jnp.maximum(jnp.square(chain.noise_before) - jnp.square(sigma), 0))
             return chain.signal_before * clean + kept * noise + scale * sigma * draw()
 
-        return _descend(step, key_N, _first(key_N, dim), self.process.chain(self.steps), dim)
+        chain = self.process.chain(self.steps)
+        return _descend(step, predict, self._times, key_N, _first(key_N, dim), chain, dim)
 
 
 class _Multistep(NamedTuple):
@@ -178,12 +195,15 @@ class DPMSolver(_ChainSampler):
     clip: float | None = None
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
         chain = self.process.chain(self.steps)
 
         def step(
-            state: tuple[Array, Array], inputs: tuple[Chain, _Multistep], draw: Any
+            predict: Predict,
+            state: tuple[Array, Array],
+            inputs: tuple[Chain, _Multistep],
+            draw: Any,
         ) -> tuple[Array, Array]:
             del draw
             (x, last), (chain, solver) = state, inputs
@@ -193,7 +213,8 @@ class DPMSolver(_ChainSampler):
 
         x_NC = _per_row(temperature) * _first(key_N, dim)
         inputs = (chain, self._coefficients(chain))
-        return _descend(step, key_N, (x_NC, jnp.zeros_like(x_NC)), inputs, dim)[0]
+        start = (x_NC, jnp.zeros_like(x_NC))
+        return _descend(step, predict, self._times, key_N, start, inputs, dim)[0]
 
     @staticmethod
     def _coefficients(chain: Chain) -> _Multistep:
@@ -240,14 +261,14 @@ class Euler(_FlowSampler):
     steps: int = 25
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
-        def step(x: Array, t: Array, draw: Callable[[], Array]) -> Array:
+        def step(predict: Predict, x: Array, t: Array, draw: Callable[[], Array]) -> Array:
             del draw
-            return x - predict(x, 1000 * t).astype(jnp.float32) / self.steps
+            return x - _velocity(predict, x, t) / self.steps
 
         x_NC = _per_row(temperature) * _first(key_N, dim)
-        return _descend(step, key_N, x_NC, self._grid(), dim)
+        return _descend(step, predict, self._grid(), key_N, x_NC, self._grid(), dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,23 +288,23 @@ class Heun(_FlowSampler):
         return np.append(np.stack([grid[:-1], grid[1:]], axis=1).ravel(), grid[-1])
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
-        times = self._grid()
+        grid = self._grid()
 
-        def velocity(x: Array, t: ArrayLike) -> Array:
-            return predict(x, 1000 * jnp.asarray(t)).astype(jnp.float32)
-
-        def step(x: Array, t: Array, draw: Callable[[], Array]) -> Array:
+        def step(
+            predict: Predict, after: Predict, x: Array, t: Array, draw: Callable[[], Array]
+        ) -> Array:
             del draw
-            v = velocity(x, t)
-            after = velocity(x - v / self.steps, t - 1 / self.steps)
-            return x - (v + after) / (2 * self.steps)
+            v = _velocity(predict, x, t)
+            v_after = _velocity(after, x - v / self.steps, t - 1 / self.steps)
+            return x - (v + v_after) / (2 * self.steps)
 
         x_NC = _per_row(temperature) * _first(key_N, dim)
         if self.steps > 1:
-            x_NC = _descend(step, key_N, x_NC, times[1:], dim)
-        return x_NC - velocity(x_NC, times[0]) / self.steps
+            times = np.stack([grid[1:], grid[:-1]], axis=1)
+            x_NC = _descend(step, predict, times, key_N, x_NC, grid[1:], dim)
+        return x_NC - _velocity(_network(predict, grid[0]), x_NC, grid[0]) / self.steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,13 +325,13 @@ class SDE(_FlowSampler):
     eta: float = 1.0
 
     def __call__(
-        self, key_N: jax.Array, predict: Predict, dim: int, temperature: ArrayLike = 1.0
+        self, key_N: jax.Array, predict: Predict | Within, dim: int, temperature: ArrayLike = 1.0
     ) -> Float[Array, "*N C"]:
         scale = _per_row(temperature)
 
-        def step(x: Array, t: Array, draw: Callable[[], Array]) -> Array:
+        def step(predict: Predict, x: Array, t: Array, draw: Callable[[], Array]) -> Array:
             after = t - 1 / self.steps
-            velocity = predict(x, 1000 * t).astype(jnp.float32)
+            velocity = _velocity(predict, x, t)
             clean, noise = x - t * velocity, x + (1 - t) * velocity
             # Rounding leaves the last `after` a little off 0.
             after = jnp.where(after < 0.5 / self.steps, 0.0, after)
@@ -319,7 +340,8 @@ class SDE(_FlowSampler):
             kept = jnp.sqrt(jnp.maximum(jnp.square(after) - jnp.square(sigma), 0))
             return (1 - after) * clean + kept * noise + scale * sigma * draw()
 
-        return _descend(step, key_N, _first(key_N, dim), self._grid(), dim)
+        grid = self._grid()
+        return _descend(step, predict, grid, key_N, _first(key_N, dim), grid, dim)
 
 
 # The first sampler of a process is its default.
@@ -367,24 +389,6 @@ def guided(predict: Predict, guidance: Sequence[ArrayLike], dim: int) -> Predict
     return combined
 
 
-def within(
-    interval: tuple[float, float], process: Process, inside: Predict, outside: Predict
-) -> Predict:
-    """One network inside an interval of diffusion time, 0 (clean) to 1 (noise), another outside.
-
-    At every step only one of them is run.
-    """
-    if interval == (0, 1):
-        return inside
-    low, high = (bound * process.duration for bound in interval)
-
-    def predict(x_NC: Array, t: Array) -> Array:
-        here = (low <= t) & (t <= high)
-        return jax.lax.cond(here, inside, outside, x_NC, t)
-
-    return predict
-
-
 def guidance_at(
     schedule: str, guidance: ArrayLike, fraction: ArrayLike, power: float = 2.0
 ) -> Array:
@@ -413,25 +417,46 @@ def guidance_at(
     return 1 + (guidance - 1) * shapes[schedule](fraction)
 
 
+def _network(predict: Predict | Within, time: ArrayLike) -> Predict:
+    """That of a time, 0 (clean) to 1 (noise)."""
+    if not isinstance(predict, Within):
+        return predict
+    low, high = predict.interval
+    return predict.inside if low <= time <= high else predict.outside
+
+
+def _velocity(predict: Predict, x: Array, t: ArrayLike) -> Array:
+    return predict(x, 1000 * jnp.asarray(t)).astype(jnp.float32)
+
+
 def _descend(
-    step: Callable[[Any, Any, Callable[[], Array]], Any],
+    step: Callable[..., Any],
+    predict: Predict | Within,
+    times: Float[np.ndarray, "S ..."],
     key: Array,
     state: Any,
     constants: Any,
     dim: int,
 ) -> Any:
-    """Runs `step` on a state over the [S] constants from the last to the first.
+    """Runs `step(*networks, state, constant, draw)` over the [S] constants from the last to the
+    first, in a loop for each run of steps that have the same networks.
 
-    `step` may draw noise. Step s of row n draws from key n folded with s + 1 (0 is the initial
-    noise).
+    `draw()` is noise. Step s of row n draws from key n folded with s + 1 (0 is the initial noise).
+
+    Args:
+        times: of the evaluations of a step, [S] or [S, E]; `step` is given a network for each.
     """
-    count = len(jax.tree.leaves(constants)[0])
+    networks = [tuple(_network(predict, time) for time in np.atleast_1d(each)) for each in times]
+    inputs = (np.arange(len(times)), constants)
+    for chosen, run in itertools.groupby(reversed(inputs[0]), key=networks.__getitem__):
 
-    def body(state: Any, inputs: tuple[Array, Any]) -> tuple[Any, None]:
-        index, constant = inputs
-        return step(state, constant, lambda: _row_noise(key, index + 1, dim)), None
+        def body(state: Any, inputs: tuple[Array, Any], chosen: tuple = chosen) -> tuple[Any, None]:
+            index, constant = inputs
+            return step(*chosen, state, constant, lambda: _row_noise(key, index + 1, dim)), None
 
-    return jax.lax.scan(body, state, (jnp.arange(count), constants), reverse=True)[0]
+        part = np.array(list(run))
+        state, _ = jax.lax.scan(body, state, jax.tree.map(operator.itemgetter(part), inputs))
+    return state
 
 
 def _first(key: Array, dim: int) -> Array:
