@@ -100,12 +100,14 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
                 drawn = {}
                 for i in range(max(first, counts[row]), first + stage.width):
                     cell, z = order(row)[i], []
-                    for branch in range(len(guidance) + 1):
+                    branches = len(guidance) + 1 if stage.guided else 1
+                    for branch in range(branches):
                         whole, at = asked(case, row, branch, tokens, counts[row], how)
                         hidden = run_full(MODEL, params, decode.stack([whole], 40))[:, at + i]
                         z.append(bound.condition(hidden[:, None], jnp.full((1, 1), cell))[:, 0])
                     fraction = (first + stage.width) / N
                     scales = [guidance_at(how.schedule, w, fraction, how.power) for w in guidance]
+                    scales = scales[: branches - 1]
                     key_i = jax.random.fold_in(key, i)[None]
                     head = MODEL, params, jnp.stack(z), scales
                     drawn[cell] = run_head(*head, key_i, stage.sampler)[0]
@@ -159,6 +161,23 @@ def test_given_tokens_are_kept_and_seen(params, case, parallel, growth):
     np.testing.assert_array_equal(everything, known)
 
 
+@pytest.mark.parametrize(
+    "case, guidance", [(PLAIN, (2.5,)), (("causal", "edit"), (2.5, 1.5))], ids=str
+)
+def test_the_last_tokens_without_guidance_equal_a_plain_loop(params, case, guidance):
+    how = dataclasses.replace(HOW, guided=0.5)
+    fast = draw(case, params, guidance=guidance, how=how)
+    np.testing.assert_allclose(fast, slow_images(case, params, guidance, how), atol=1e-4)
+    everywhere = draw(case, params, guidance=guidance)
+    for row in range(len(PROMPTS)):
+        first, last = np.split(order(row), [N // 2])
+        np.testing.assert_allclose(fast[row, first], everywhere[row, first], atol=1e-4)
+        assert np.abs(fast[row, last] - everywhere[row, last]).max() > 0.01
+    np.testing.assert_allclose(
+        draw(case, params, guidance=(), how=how), draw(case, params, guidance=()), atol=1e-6
+    )
+
+
 def test_three_branches_guide_by_text_and_source_apart(params):
     case = ("causal", "edit")
     fast = draw(case, params, guidance=(2.5, 1.5))
@@ -170,7 +189,7 @@ def test_three_branches_guide_by_text_and_source_apart(params):
 
 @groups
 def test_a_step_at_a_time_is_the_same(params, parallel, growth):
-    how = dataclasses.replace(HOW, parallel=parallel, growth=growth)
+    how = dataclasses.replace(HOW, parallel=parallel, growth=growth, guided=0.5)
     known = np.stack([latents(20 + row).mean for row in range(len(PROMPTS))])
     counts = [1, 2, 3]
     positional, named = call(CASES[1], params, how=how, known=known, counts=counts)
@@ -318,7 +337,9 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
         (0, 4, 1, 20), (4, 4, 1, 15), (8, 4, 1, 10), (12, 4, 1, 5)
     ]  # fmt: skip
     (one,) = stages(16, ImageSampling(sampler, parallel=4))
-    assert one == (0, 4, 4, 0, sampler)
+    assert one == (0, 4, 4, 0, True, sampler)
+    guided, free = stages(16, ImageSampling(sampler, guided=0.6))
+    assert (guided.guided, guided.groups) == (True, 10) and (free.guided, free.first) == (False, 10)
     grown = stages(16, ImageSampling(sampler, parallel=4, growth="cosine"))
     assert [(s.first, s.groups, s.width, s.before) for s in grown] == [
         (0, 1, 1, 0), (1, 1, 4, 1), (5, 1, 5, 4), (10, 1, 6, 5)
@@ -335,6 +356,8 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
         ({"interval": (0.1, 1.5)}, "interval is"),
         ({"interval": (float("nan"), 1.0)}, "interval is"),
         ({"interval": (0.1,)}, r"interval is \(0.1,\): set two times"),
+        ({"guided": 0.0}, "guided is 0.0: set it above 0 and to at most 1"),
+        ({"guided": float("nan")}, "guided is nan"),
         ({"last_steps": 0}, "0 sampling steps: set 1 or more"),
         ({"last_steps": 9}, "last_steps is 9 and the sampler's steps are 3"),
         ({"parallel": 0}, "parallel is 0: draw 1 token or more"),

@@ -55,6 +55,9 @@ class ImageSampling:
         interval: of diffusion time, 0 (clean) to 1 (noise), inside of which there is guidance;
             outside, the head runs for the conditional branch alone (arXiv 2404.07724; in time
             where that has noise levels).
+        guided: share of the tokens, the first ones, that are drawn under guidance. For the others
+            backbone and head run for the conditional branch alone, half of the rows (ours: what an
+            image shows is settled by its first tokens).
         last_steps: diffusion steps of the last tokens, the sampler's own being those of the first;
             between, they fall linearly in four stages (DiSA, arXiv 2505.20297: the more tokens are
             known, the less is left to decide). None keeps them as they are.
@@ -73,6 +76,7 @@ class ImageSampling:
     schedule: str = "constant"
     power: float = 2.0
     interval: tuple[float, float] = (0.0, 1.0)
+    guided: float = 1.0
     last_steps: int | None = None
     parallel: int = 1
     growth: str = "constant"
@@ -86,6 +90,10 @@ class ImageSampling:
             raise UserError(
                 f"the guidance interval is {tuple(self.interval)}: set two times, the first below"
                 " the second, both from 0 (clean) to 1 (noise)"
+            )
+        if not 0 < self.guided <= 1:
+            raise UserError(
+                f"guided is {self.guided}: set it above 0 and to at most 1; guidance 1 is none"
             )
         if self.last_steps is not None:
             self.sampler.with_steps(self.last_steps)  # knows how few it can do with
@@ -150,6 +158,7 @@ class Stage(NamedTuple):
         groups: number of steps.
         width: K, tokens of a step.
         before: tokens of the step before its first one, 0 if there is none.
+        guided: whether there is guidance.
         sampler: of the diffusion head.
     """
 
@@ -157,6 +166,7 @@ class Stage(NamedTuple):
     groups: int
     width: int
     before: int
+    guided: bool
     sampler: Sampler
 
 
@@ -170,10 +180,12 @@ def stages(count: int, how: ImageSampling) -> list[Stage]:
             bucket = min(known * _BUCKETS // count, _BUCKETS - 1)
             span = how.last_steps - sampler.steps
             sampler = sampler.with_steps(sampler.steps + round(span * bucket / (_BUCKETS - 1)))
-        if found and (found[-1].width, found[-1].sampler) == (width, sampler):
+        kind = (width, known < how.guided * count, sampler)
+        if found and (found[-1].width, found[-1].guided, found[-1].sampler) == kind:
             found[-1] = found[-1]._replace(groups=found[-1].groups + 1)
         else:
-            found.append(Stage(known, 1, width, found[-1].width if found else 0, sampler))
+            before = found[-1].width if found else 0
+            found.append(Stage(known, 1, width, before, *kind[1:]))
         known += width
     return found
 
@@ -271,8 +283,11 @@ def images(
     model: UniFluid = functional.bind(params).unstacked()
     fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given)
     for stage in stages(order_BN.shape[1], how):
+        fixed, progress = _needed(fixed, progress, stage)
 
-        def body(group: Array, progress: _Progress, stage: Stage = stage) -> _Progress:
+        def body(
+            group: Array, progress: _Progress, fixed: _Fixed = fixed, stage: Stage = stage
+        ) -> _Progress:
             known = stage.first + group * stage.width
             return _step(model, fixed, progress, known, stage, how)
 
@@ -307,10 +322,20 @@ def stream(
     # Handed out as copies: the next step overwrites its buffers.
     yield jnp.copy(progress.tokens_BNC), least
     for stage in stages(order_BN.shape[1], how):
+        fixed, progress = _needed(fixed, progress, stage)
         for group in range(int(_passed(least, stage)), stage.groups):
             known = stage.first + group * stage.width
             progress = _stepped(functional, params, fixed, progress, known, stage=stage, how=how)
             yield jnp.copy(progress.tokens_BNC), known + stage.width
+
+
+def _needed(fixed: _Fixed, progress: _Progress, stage: Stage) -> tuple[_Fixed, _Progress]:
+    """What a stage needs: without guidance the rows of the most conditional branch alone."""
+    if stage.guided or not fixed.guidance:
+        return fixed, progress
+    rows = len(fixed.order_BN)
+    fixed = fixed._replace(valid_RP=fixed.valid_RP[:rows], base_R=fixed.base_R[:rows], guidance=())
+    return fixed, progress._replace(cache=rows_of(progress.cache, np.arange(rows)))
 
 
 def _passed(least: ArrayLike, stage: Stage) -> Array:
