@@ -3,12 +3,12 @@
     pip install -e '.[docs]'
     unifluid benchmark sample --workdir=runs/quickstart
 
-Samplers, steps, DiSA, guidance intervals and several tokens a step: draws the same prompts with the
-same orders and keys under every setting of a list, times it, and judges the pictures; writes a
-table, the figures as JSON, and a plot. The baseline is one token at a time, 100 steps of ancestral
-sampling, guidance everywhere, no cache: every token by a pass over the whole sequence. For a model
-that has learned to draw several tokens at once (`config.input.parallel`) the list goes on with
-these.
+Samplers, steps, DiSA, guidance for some times or some tokens alone, several tokens a step: draws
+the same prompts with the same orders and keys under every setting of a list, times it, and judges
+the pictures; writes a table, the figures as JSON, and a plot. The baseline is one token at a time,
+100 steps of ancestral sampling, guidance everywhere, no cache: every token by a pass over the whole
+sequence. For a model that has learned to draw several tokens at once (`config.input.parallel`) the
+list goes on with these.
 
 Speeds are those of the compiled program, from prefixes to image tokens, medians over batches;
 compilation and the decoding of pixels do not count. Accuracy is that of the exact judge of
@@ -100,21 +100,23 @@ def settings(parts: Parts) -> list[Setting]:
 
     found = [make(BASELINE, slow, 100, cache=False)]
     found += [make(f"{sampler} {steps}", sampler, steps) for sampler, steps in grid]
-    interval, disa = {"interval": (0.2, 0.8)}, {"last_steps": 3}
-    both = {**interval, **disa}
+    # Guidance decides what is drawn: it is for the noisy times, and for the first tokens.
+    interval, half, disa = {"interval": (0.3, 1.0)}, {"guided": 0.5}, {"last_steps": 3}
     found += [
         make(f"{fast} 10, interval", fast, 10, **interval),
+        make(f"{fast} 10, half guided", fast, 10, **half),
         make(f"{fast} 10, DiSA", fast, 10, **disa),
-        make(f"{fast} 10, DiSA, interval", fast, 10, **both),
-        make(f"{fast} 6, DiSA, interval", fast, 6, **both),
-        make(f"{fast} 4, DiSA, interval", fast, 4, **interval, last_steps=2),
+        make(f"{fast} 10, DiSA, interval, half guided", fast, 10, **disa, **interval, **half),
+        make(f"{fast} 6, DiSA, interval", fast, 6, **disa, **interval),
+        make(f"{fast} 6, DiSA, interval, half guided", fast, 6, **disa, **interval, **half),
+        make(f"{fast} 4, DiSA, interval, half guided", fast, 4, last_steps=2, **interval, **half),
     ]
     for k in sorted(set(learned) - {1}):
         cosine = {"parallel": k, "growth": "cosine"}
         found += [
             make(f"{fast} 25, k={k}", fast, 25, parallel=k),
             make(f"{fast} 25, k={k} cosine", fast, 25, **cosine),
-            make(f"{fast} 8, k={k} cosine, DiSA", fast, 8, **cosine, **disa),
+            make(f"{fast} 8, k={k} cosine, DiSA, interval", fast, 8, **cosine, **disa, **interval),
         ]
     return found
 
@@ -266,8 +268,8 @@ def head_calls(stages: Sequence[Stage], how: ImageSampling) -> int:
     calls = 0
     for stage in stages:
         times = stage.sampler.times
-        inside = (how.interval[0] <= times) & (times <= how.interval[1])
-        calls += stage.groups * stage.width * int((1 + inside).sum())
+        guided = stage.guided & (how.interval[0] <= times) & (times <= how.interval[1])
+        calls += stage.groups * stage.width * int((1 + guided).sum())
     return calls
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -59,21 +60,31 @@ def test_builds_once(wheel, tmp_path):
 
 def test_recolored_copies_are_records_of_their_own(wheel, tmp_path):
     path, text = build(tmp_path, "easy_vqa_recolored")
-    assert "train 63 records" in text  # three copies of each that is not held out
+    # Each of the 21 that are not held out, in each other colour that its shape may have.
+    assert "train 294 records" in text
     assert "Copyright (c) 2019 Victor Zhou" in (path / "LICENSE").read_text()
     build(tmp_path)
     originals = Records("easy_vqa", "train", tmp_path)
-    images = {record.id: record.images for record in map(originals.__getitem__, range(21))}
+    originals = {record.id: record for record in map(originals.__getitem__, range(21))}
     records = Records("easy_vqa_recolored", "train", tmp_path)
     seen = set()
     for record in map(records.__getitem__, range(len(records))):
-        owner, number = record.id.rsplit("/", 1)
-        assert record.images == [images[owner][int(number)]]
-        judged = shapes.judge(record.image(0))
-        assert record.captions == [(0, f"a {judged.color} {judged.shape}")]
+        owner, color = record.id.rsplit("/", 1)
+        original, shape = originals[owner], record.extra["shape"]
+        assert record.extra["color"] == color and shape == original.extra["shape"]
+        ((image, caption),) = record.captions
+        assert image == 0 and re.fullmatch(f"an? {color} {shape}", caption)
         assert not record.questions and not record.edits
-        seen.add((judged.color, judged.shape))
-    assert len(seen) > 12 and not seen & easy_vqa.HELD_OUT
+        picture = record.image(0)
+        np.testing.assert_array_equal(picture[32, 32], easy_vqa_recolored.PALETTE[color])
+        np.testing.assert_array_equal(picture[0], original.image(0)[0])
+        if color in easy_vqa.COLORS:
+            judged = shapes.judge(picture)
+            assert (judged.color, judged.shape) == (color, shape)
+        seen.add((owner, color))
+    assert len(seen) == 294
+    pairs = {(color, originals[owner].extra["shape"]) for owner, color in seen}
+    assert len(pairs) == 45 and not pairs & easy_vqa.HELD_OUT
 
 
 def truncate(file):

@@ -92,8 +92,8 @@ def drawing(
         order: in which tokens are made, "random" or "raster".
         steps: of the diffusion sampler, for every token.
         sampler: name of the diffusion sampler, its options then being its own defaults.
-        **how: fields of `decode_image.ImageSampling`: `schedule`, `interval`, `last_steps`,
-            `parallel`, ...
+        **how: fields of `decode_image.ImageSampling`: `schedule`, `interval`, `guided`,
+            `last_steps`, `parallel`, ...
 
     Raises:
         UserError: one makes no sense, or guidance is asked of a model that has not learned to do

@@ -81,5 +81,6 @@ def test_head_calls_are_counted_at_the_times_of_the_sampler():
     assert calls("heun", 5) == 16 * 18
     assert calls("euler", 10, interval=(0.25, 0.75)) == 16 * 15  # at 0.3, 0.4, 0.5, 0.6, 0.7
     assert calls("heun", 2, interval=(0.9, 1.0)) == 16 * 4
+    assert calls("euler", 10, guided=0.5) == 16 * 10 + 8 * 10
     assert calls("euler", 10, last_steps=4) == 4 * 2 * (10 + 8 + 6 + 4)
     assert calls("euler", 10, parallel=4) == 16 * 20

@@ -63,11 +63,12 @@ def test_contradictory_answers_are_refused():
 def test_recoloring_changes_the_color_alone(pictures):
     for _, image, _, color, shape in pictures[::3]:
         for new_color in easy_vqa.COLORS:
-            recolored = easy_vqa.recolor(image, color, new_color)
+            old, new = shapes.PALETTE[color], shapes.PALETTE[new_color]
+            recolored = easy_vqa.recolor(image, old, new)
             judged = shapes.judge(recolored)
             assert (judged.color, judged.shape) == (new_color, shape)
             # There and back: the rim is rounded to whole levels once on each way.
-            back = easy_vqa.recolor(recolored, new_color, color)
+            back = easy_vqa.recolor(recolored, new, old)
             np.testing.assert_allclose(back.astype(int), image, atol=3)
             # The background, four pixels away from the shape, is untouched.
             y, x = (int(c) for c in judged.center)
