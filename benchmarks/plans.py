@@ -33,6 +33,21 @@ TOPOLOGIES = {
     "v6e_256": "v6e:16x16",
     "v6e_256x2": "v6e:16x16*2",
 }
+# What the compiled step does not depend on, or in its constants alone.
+_APART = {
+    "": ("data_dir", "evals", "init_from", "sampling", "seed"),
+    "input": (
+        "max_corrupt",
+        "mixture",
+        "order",
+        "parallel",
+        "source_drop",
+        "streams",
+        "text_drop",
+        "workers",
+    ),
+    "train": ("checkpoint_every", "keep", "keep_best", "keep_every", "log_every", "steps"),
+}
 _DOCS = Path("docs")
 _GIB = 2**30
 _OLD = "(earlier)"
@@ -91,8 +106,13 @@ def load(name: str, layout: str) -> ConfigDict:
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Changes with every field of the config."""
-    text = json.dumps(configs.to_json(config), sort_keys=True)
+    """Changes with every field of the config that the compiled step depends on."""
+    fields = configs.to_json(config)
+    for section, names in _APART.items():
+        part = fields[section] if section else fields
+        for name in names:
+            del part[name]
+    text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

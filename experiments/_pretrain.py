@@ -101,7 +101,6 @@ def pretrain(
             "order": "random",
             "parallel": (1,),  # image tokens asked for at once
             "text_drop": 0.1,
-            "word_drop": 0.0,
             "source_drop": 0.0,
             "edit_vision": True,
             "edit_latents": True,

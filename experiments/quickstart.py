@@ -96,7 +96,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "order": arg.order,
             "parallel": tuple(2**i for i in range(arg.parallel.bit_length())),
             "text_drop": 0.1,
-            "word_drop": 0.0,
             "source_drop": 0.0,  # 0.05 for guidance by the source of an edit
             "edit_vision": False,  # the latents show all that a recolouring needs, in less length
             "edit_latents": True,

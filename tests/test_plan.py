@@ -283,3 +283,15 @@ def test_the_page_of_plans_is_made_of_the_file():
     assert "earlier" not in plans.page({f"{name} {layout}": now})
     page = plans.page({f"{name} {layout}": {**now, "fingerprint": "of another config"}})
     assert f"| {layout} (earlier) |" in page and "before the last change of its config" in page
+
+
+def test_a_plan_is_of_what_the_step_depends_on():
+    name, layout = LAYOUTS[0]
+    config, mark = plans.load(name, layout), plans.fingerprint(plans.load(name, layout))
+    with config.unlocked():
+        config.input.mixture, config.input.text_drop, config.train.keep = (), 0.2, 9
+    assert plans.fingerprint(config) == mark
+    for section, field in (("model", "bidirectional_prefix"), ("input", "seq_len")):
+        other = plans.load(name, layout)
+        other[section][field] = not other[section][field]
+        assert plans.fingerprint(other) != mark

@@ -176,7 +176,6 @@ def unifluid(folder, **changes):
         "order": "random",
         "parallel": (1,),
         "text_drop": 0.1,
-        "word_drop": 0.0,
         "source_drop": 0.0,
         "edit_vision": True,
         "edit_latents": True,

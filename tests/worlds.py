@@ -74,7 +74,6 @@ def make_config(folder, evals=None):
         "order": "random",
         "parallel": (1,),
         "text_drop": 0.1,
-        "word_drop": 0.0,
         "source_drop": 0.0,
         "edit_vision": True,
         "edit_latents": True,

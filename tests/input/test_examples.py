@@ -161,24 +161,6 @@ def test_text_is_dropped_at_the_configured_rate(toy_sequencer, task):
     assert rates[0.0] == 0 and rates[1.0] == 1 and 0.22 < rates[0.3] < 0.38
 
 
-def test_words_are_lost_one_by_one_in_a_share_of_the_prompts(toy_sequencer):
-    kept = toy_sequencer(text_drop=0.0).train(an_example("generate"), rng()).tokens
-    sequencer = toy_sequencer(text_drop=0.2, word_drop=0.5)
-    layout, random = sequencer.layout, rng()
-    words = np.flatnonzero(~np.isin(kept, [0, layout.bos, layout.boi]))
-    lost = []
-    for _ in range(600):
-        tokens = sequencer.train(an_example("generate"), random).tokens
-        gone = tokens[words] == layout.null
-        np.testing.assert_array_equal(np.delete(tokens, words), np.delete(kept, words))
-        np.testing.assert_array_equal(tokens[words][~gone], kept[words][~gone])
-        lost.append(gone)
-    share = np.mean(lost, axis=0)
-    np.testing.assert_allclose(share, 0.2 + 0.8 * 0.5 * 0.5, atol=0.08)
-    some = [gone.any() and not gone.all() for gone in lost]
-    assert np.mean(some) == pytest.approx(0.8 * 0.5 * (1 - 2 * 0.5 ** len(words)), abs=0.08)
-
-
 @pytest.mark.parametrize("task", ["generate", "edit"])
 def test_images_are_asked_for_in_groups_of_the_configured_sizes(toy_sequencer, task):
     sequencer, random = toy_sequencer(parallel=(1, 1, 2, 4)), rng()

@@ -156,8 +156,7 @@ class Sequencer:
         picture_size: side of those that the image tokenizer reads.
         input_config: `max_prompt_tokens`, `order` ("random" or "raster"), `parallel` (numbers of
             image tokens asked for at once, a random one of which each image is laid out with),
-            `text_drop`, `word_drop`, `source_drop`, `edit_vision`, `edit_latents`,
-            `max_encoded_images`.
+            `text_drop`, `source_drop`, `edit_vision`, `edit_latents`, `max_encoded_images`.
     """
 
     def __init__(
@@ -186,7 +185,6 @@ class Sequencer:
                 " asked for at once, (1,) for one at a time"
             )
         self._limit, self._text_drop = c.max_prompt_tokens, c.text_drop
-        self._word_drop = c.get("word_drop", 0.0)
         # Configs stored before there was one know no `source_drop`.
         self._source_drop = c.get("source_drop", 0.0)
         if not 0 <= self._text_drop + self._source_drop <= 1:
@@ -202,9 +200,7 @@ class Sequencer:
         Where the step encodes pictures, it has those and no latents.
 
         Of edits the share `text_drop` loses its text, and the share `source_drop` text and source:
-        what the branches of guidance are given (see `decode_image.py`). Of the share `word_drop` of
-        the rest each token of the text is lost at even chances: what is left of "a red circle" is
-        to be drawn by itself too, and combines the better with words that it never came with.
+        what the branches of guidance are given (see `decode_image.py`).
 
         Raises:
             Unfit: a text of it is empty or longer than `max_prompt_tokens`. It is not cut: a cut
@@ -218,9 +214,6 @@ class Sequencer:
         source_dropped = example.task == "edit" and drawn > 1 - self._source_drop
         if drawn < self._text_drop or source_dropped:
             prompt = sequence.dropped(self.layout, prompt)
-        elif self._word_drop and rng.random() < self._word_drop:
-            lost = rng.random(len(prompt)) < 0.5
-            prompt = np.where(lost, sequence.dropped(self.layout, prompt), prompt).tolist()
         order, pictures = self.order(rng), []
         if self.encode_in_step:
             if example.task == "edit" and self._edit_latents and not source_dropped:
