@@ -109,14 +109,19 @@ def settings(parts: Parts) -> list[Setting]:
         make(f"{fast} 10, DiSA, interval, half guided", fast, 10, **disa, **interval, **half),
         make(f"{fast} 6, DiSA, interval", fast, 6, **disa, **interval),
         make(f"{fast} 6, DiSA, interval, half guided", fast, 6, **disa, **interval, **half),
-        make(f"{fast} 4, DiSA, interval, half guided", fast, 4, last_steps=2, **interval, **half),
+    ]
+    few = {"last_steps": 2, **interval}
+    found += [
+        make(f"{fast} 4, DiSA, interval, half guided", fast, 4, **few, **half),
+        make(f"{fast} 4, DiSA, interval, third guided", fast, 4, **few, guided=1 / 3),
     ]
     for k in sorted(set(learned) - {1}):
         cosine = {"parallel": k, "growth": "cosine"}
+        all_of_it = {**cosine, **disa, **interval, **half}
         found += [
             make(f"{fast} 25, k={k}", fast, 25, parallel=k),
             make(f"{fast} 25, k={k} cosine", fast, 25, **cosine),
-            make(f"{fast} 8, k={k} cosine, DiSA, interval", fast, 8, **cosine, **disa, **interval),
+            make(f"{fast} 8, k={k} cosine, DiSA, interval, half guided", fast, 8, **all_of_it),
         ]
     return found
 
