@@ -37,7 +37,14 @@ from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
-from unifluid_jax.samplers import Sampler, Within, guidance_at, guided, sampler_from
+from unifluid_jax.samplers import (
+    SCHEDULES,
+    Sampler,
+    Within,
+    guidance_at,
+    guided,
+    sampler_from,
+)
 from unifluid_jax.sequence import GROWTHS, Modality, group_sizes
 from unifluid_jax.sequence import Sequence as TokenSequence
 
@@ -83,7 +90,10 @@ class ImageSampling:
     limit: float | None = None
 
     def __post_init__(self):
-        guidance_at(self.schedule, 1.0, 1.0, self.power)  # knows the schedules
+        if self.schedule not in SCHEDULES:
+            raise UserError(
+                f"no guidance schedule called {self.schedule!r}: choose {', '.join(SCHEDULES)}"
+            )
         if not (math.isfinite(self.power) and self.power > 0):
             raise UserError(f"power is {self.power}: set it above 0")
         if not 0 <= self.interval[0] < self.interval[1] <= 1:

@@ -389,32 +389,30 @@ def guided(predict: Predict, guidance: Sequence[ArrayLike], dim: int) -> Predict
     return combined
 
 
+# Of guidance over the tokens: from 0 to 1 over the fraction f, with a power p.
+SCHEDULES: dict[str, Callable[[Array, float], Array]] = {
+    "constant": lambda f, p: jnp.ones_like(f),
+    "linear": lambda f, p: f,
+    "cosine": lambda f, p: (1 - jnp.cos(math.pi * f)) / 2,
+    "power": lambda f, p: f**p,
+}
+
+
 def guidance_at(
     schedule: str, guidance: ArrayLike, fraction: ArrayLike, power: float = 2.0
 ) -> Array:
     """Guidance while an image is being made.
 
     Args:
-        schedule: "constant"; or from 1 up to w as f grows, "linear" (MAR): 1 + (w - 1) f, "cosine":
-            1 + (w - 1) (1 - cos(pi f)) / 2, "power": 1 + (w - 1) f^power.
+        schedule: one of `SCHEDULES`: "constant"; or from 1 up to w as f grows, "linear" (MAR):
+            1 + (w - 1) f, "cosine": 1 + (w - 1) (1 - cos(pi f)) / 2, "power": 1 + (w - 1) f^power.
         guidance: w, reached at the last token.
         fraction: f, of the image's tokens, those done once the present ones are: (i + 1) / N for
             the i-th alone, as in MAR.
         power: exponent of "power".
-
-    Raises:
-        UserError: no schedule has this name.
     """
     guidance, fraction = jnp.asarray(guidance), jnp.asarray(fraction)
-    shapes = {
-        "constant": lambda f: jnp.ones_like(f),
-        "linear": lambda f: f,
-        "cosine": lambda f: (1 - jnp.cos(math.pi * f)) / 2,
-        "power": lambda f: f**power,
-    }
-    if schedule not in shapes:
-        raise UserError(f"no guidance schedule called {schedule!r}: choose {', '.join(shapes)}")
-    return 1 + (guidance - 1) * shapes[schedule](fraction)
+    return 1 + (guidance - 1) * SCHEDULES[schedule](fraction, power)
 
 
 def _network(predict: Predict | Within, time: ArrayLike) -> Predict:

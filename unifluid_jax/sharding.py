@@ -312,10 +312,10 @@ def divisible(rows: int, mesh: Mesh | None) -> int:
 def spread(tree: Tree, mesh: Mesh | None) -> Tree:
     """Arrays that every process holds whole, their rows over the replicas where these divide them.
 
-    Without a mesh they go to the default device.
+    Without a mesh they are left to the program that takes them.
     """
     if mesh is None:
-        return jax.device_put(tree)
+        return tree
 
     def place(x: np.ndarray | jax.Array) -> jax.Array:
         whole = divisible(len(x), mesh) != len(x)
