@@ -303,7 +303,9 @@ def test_eight_devices_give_what_one_gives(model):
     )
     spread = inference.Model(parts, jax.device_put(model.params, where))
     prompts = ["a red circle", "a", "a blue square"]
-    assert_same(spread.generate(prompts, seed=2), model.generate(prompts, seed=2), tolerance=1)
+    for how in ({}, {"guided": 0.5}):
+        alone = model.generate(prompts, seed=2, **how)
+        assert_same(spread.generate(prompts, seed=2, **how), alone, tolerance=1)
     questions = ["what?", "which color is it?", "is it red?"]
     for image in (picture(0), [picture(0), picture(1), picture(2)]):
         assert spread.answer(image, questions) == model.answer(image, questions)
