@@ -39,15 +39,16 @@ def stack(sequences: list[Sequence], length: int) -> dict[str, np.ndarray]:
     if max(map(len, sequences)) > length:
         raise ValueError(f"a prefix of {max(map(len, sequences))} positions for rows of {length}")
 
-    def padded(x: np.ndarray, fill: int = 0) -> np.ndarray:
-        widths = [(0, length - len(x)), *[(0, 0)] * (x.ndim - 1)]
-        return np.pad(x, widths, constant_values=fill)
+    def padded(name: str) -> np.ndarray:
+        like, fill = getattr(sequences[0], name), _PADDING.get(name, 0)
+        rows = np.full((len(sequences), length, *like.shape[1:]), fill, like.dtype)
+        for row, s in zip(rows, sequences, strict=True):
+            row[: len(s)] = getattr(s, name)
+        return rows
 
-    batch = {
-        name: np.stack([padded(getattr(s, name), _PADDING.get(name, 0)) for s in sequences])
-        for name in _FIELDS
-    }
-    batch["segment"] = np.stack([padded(np.ones(len(s), np.int32)) for s in sequences])
+    batch = {name: padded(name) for name in _FIELDS}
+    lengths = np.array([len(s) for s in sequences])
+    batch["segment"] = (np.arange(length)[None] < lengths[:, None]).astype(np.int32)
     batch["images"] = np.stack([s.images for s in sequences])
     return batch
 
