@@ -349,7 +349,10 @@ def test_stages_of_disa_take_fewer_steps_as_more_is_known():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"schedule": "square"}, "no guidance schedule called 'square'"),
+        (
+            {"schedule": "square"},
+            "no guidance schedule called 'square': choose constant, linear, cosine, power",
+        ),
         ({"power": 0.0}, "power is 0.0: set it above 0"),
         ({"power": float("nan")}, "power is nan"),
         ({"interval": (0.5, 0.5)}, r"interval is \(0.5, 0.5\): set two times"),
