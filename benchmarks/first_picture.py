@@ -3,8 +3,8 @@
     unifluid benchmark first_picture --workdir=runs/quickstart
 
 Every start is a process of its own. "cold" finds no compiled programs on disk, "warm" those of the
-start before it. Overhead is the time of `m.generate` less that of its two programs, run on the same
-arguments in turns; medians.
+start before it. Overhead is the time of `m.generate` less that of its two programs, which run right
+after it on the same arguments; the median over these pairs, as shares of the median call.
 """
 
 import json
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import rich.console
@@ -53,12 +54,12 @@ def main(argv: list[str]) -> None:
             seconds = _start(_WORKDIR.value, programs)
             table.add_row(start, *(f"{x:.2f} s" for x in seconds))
     console.print(table)
-    table = rich.table.Table("pictures", "m.generate", "its programs", "overhead", box=None)
+    table = rich.table.Table("pictures", "m.generate", "overhead", "share", box=None)
     model = unifluid_jax.load(_WORKDIR.value)
     for batch in map(int, _BATCHES.value):
-        whole, programs = _overhead(model, batch, _REPEATS.value)
-        share = (whole - programs) / whole
-        table.add_row(str(batch), f"{whole:.3f} s", f"{programs:.3f} s", f"{share:.1%}")
+        whole, overhead = _overhead(model, batch, _REPEATS.value)
+        milliseconds = [f"{1e3 * seconds:.1f} ms" for seconds in (whole, overhead)]
+        table.add_row(str(batch), *milliseconds, f"{overhead / whole:.1%}")
     console.print(table)
     device = jax.devices()[0]
     console.print(
@@ -80,7 +81,7 @@ def _start(workdir: str, programs: str) -> list[float]:
 
 
 def _overhead(model: unifluid_jax.Model, batch: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of a call, and of its programs alone."""
+    """Median seconds of a call, and of what it takes longer than its programs alone."""
     drawing = model.drawing()
     rows = model._image_rows(model.requests("generate", "a red circle", n=batch), drawing, 0)
     arguments = model._image_arguments(model._filled(rows, batch), drawing)
@@ -93,15 +94,14 @@ def _overhead(model: unifluid_jax.Model, batch: int, repeats: int) -> tuple[floa
     def whole() -> None:
         model.generate("a red circle", n=batch)
 
-    seconds: dict[str, list[float]] = {"whole": [], "programs": []}
-    whole()
-    programs()
-    for _ in range(repeats):
-        for name, call in (("whole", whole), ("programs", programs)):
-            begun = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begun)
-    return statistics.median(seconds["whole"]), statistics.median(seconds["programs"])
+    def seconds(call: Callable[[], None]) -> float:
+        begun = time.perf_counter()
+        call()
+        return time.perf_counter() - begun
+
+    pairs = [(seconds(whole), seconds(programs)) for _ in range(repeats + 1)][1:]
+    longer = [whole - programs for whole, programs in pairs]
+    return statistics.median(whole for whole, _ in pairs), statistics.median(longer)
 
 
 if __name__ == "__main__":

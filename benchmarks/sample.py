@@ -4,7 +4,7 @@
     unifluid benchmark sample --workdir=runs/quickstart
 
 Samplers, steps, DiSA, guidance for some times or some tokens alone, several tokens a step: draws
-the same prompts with the same orders and keys under every setting of a list, times it, and judges
+the same prompts with the same orders and noise under every setting of a list, times it, and judges
 the pictures; writes a table, the figures as JSON, and a plot. The baseline is one token at a time,
 100 steps of ancestral sampling, guidance everywhere, no cache: every token by a pass over the whole
 sequence. For a model that has learned to draw several tokens at once (`config.input.parallel`) the
@@ -36,7 +36,7 @@ from matplotlib import ticker
 
 import unifluid_jax
 from benchmarks import cores
-from unifluid_jax import cli, decode_image, evals, sequence
+from unifluid_jax import cli, decode, decode_image, evals, sequence
 from unifluid_jax.decode_image import ImageSampling, Stage, sampling_from
 from unifluid_jax.diffusion import DDPM
 from unifluid_jax.errors import UserError
@@ -48,6 +48,7 @@ from unifluid_jax.input.records import resized
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.unifluid import Batch
 from unifluid_jax.parts import Parts
+from unifluid_jax.requests import draw_entropy
 from unifluid_jax.samplers import guidance_at, guided
 from unifluid_jax.sequence import Latents
 
@@ -132,7 +133,7 @@ def images_without_cache(
     params: Params,
     whole: Batch,
     order_BN: jax.Array,
-    key_B: jax.Array,
+    entropy_B2: decode.Entropy,
     guidance: ArrayLike,
     temperature: ArrayLike,
     *,
@@ -146,6 +147,7 @@ def images_without_cache(
     """
     model = functional.bind(params).unstacked()
     rows, count = order_BN.shape
+    key_B = decode.keys_of(entropy_B2)
     dim = model.config.head.token_dim
     # Places of the positions that predict the image's tokens, in their order.
     place_RN = jnp.argsort(whole["target_position"] < 0, axis=1, stable=True)[:, :count]
@@ -188,7 +190,7 @@ class Bench:
             else sequence.raster(layout)
             for rng in rngs
         ]
-        self._keys = jax.random.split(jax.random.key(self.seed), len(self.examples))
+        self._entropy = [draw_entropy(rng) for rng in rngs]
         self._truths = [example.target for example in self.examples]
         self._true_features = self._features(self._truths)
 
@@ -239,7 +241,7 @@ class Bench:
             self.model.params,
             decode_image.branched(branches, length),
             np.stack([self._orders[i] for i in rows]),
-            self._keys[np.array(rows)],
+            np.stack([self._entropy[i] for i in rows]),
         )
         if setting.cache:
             return decode_image.images, (*shared, (c.guidance,), c.temperature)
@@ -248,13 +250,14 @@ class Bench:
     def _sequence(self, i: int, dropped: bool, whole: bool) -> sequence.Sequence:
         example, order = self.examples[i], self._orders[i]
         sequencer = self.model.parts.sequencer
-        if not whole:
-            return sequencer.prefix(example, order, dropped=dropped)
         layout = sequencer.layout
-        prompt = sequencer.text.encode(example.prompt)
-        prompt = sequence.dropped(layout, prompt) if dropped else prompt
-        nothing = np.zeros((layout.image_tokens, layout.token_dim), np.float32)
-        return sequence.generation(layout, prompt, Latents(nothing, nothing), order)
+        if not whole:
+            made = sequencer.prefix(example, order)
+        else:
+            prompt = sequencer.text.encode(example.prompt)
+            nothing = np.zeros((layout.image_tokens, layout.token_dim), np.float32)
+            made = sequence.generation(layout, prompt, Latents(nothing, nothing), order)
+        return sequence.dropped(layout, made) if dropped else made
 
     def _features(self, pictures: Sequence[UInt8[np.ndarray, "_h _w 3"]]) -> np.ndarray:
         size = self.model.parts.sequencer.image_size

@@ -65,14 +65,14 @@ def sequences(layout, task, targets=None, drop=False):
     """One per prompt: prefixes, or whole sequences with `targets` [B, N, C] in raster order."""
     made = []
     for i, prompt in enumerate(PROMPTS):
-        prompt = sequence.dropped(layout, prompt) if drop else prompt
         target = None
         if targets is not None:
             target = Latents(np.asarray(targets[i]), np.zeros((N, C), np.float32))
         if task == "generate":
-            made.append(sequence.generation(layout, prompt, target, order(i)))
+            one = sequence.generation(layout, prompt, target, order(i))
         else:
-            made.append(sequence.editing(layout, picture(i), latents(i), prompt, target, order(i)))
+            one = sequence.editing(layout, picture(i), latents(i), prompt, target, order(i))
+        made.append(sequence.dropped(layout, one) if drop else one)
     return made
 
 
@@ -86,5 +86,5 @@ def full(model, params, rows):
     return run_full(model, params, decode.stack(rows, 20))
 
 
-def keys():
-    return jax.random.split(jax.random.key(1), len(PROMPTS))
+def entropy():
+    return np.random.default_rng(1).integers(2**32, size=(len(PROMPTS), 2), dtype=np.uint32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import decoding
-from tests.decoding import LAYOUTS, PROMPTS, C, N, keys, latents, make_params, order
+from tests.decoding import LAYOUTS, PROMPTS, C, N, entropy, latents, make_params, order
 from unifluid_jax import decode, decode_image, sequence
 from unifluid_jax.decode_image import Given, ImageSampling, sampling_from, stages
 from unifluid_jax.diffusion import process_from
@@ -38,14 +38,13 @@ def example(case, row, branch=0, target=None, given=None, groups=()):
     """The prefix of a row in a branch; with `target` [N, C], the whole, or what is given of it."""
     name, task = case
     layout = LAYOUTS[name]
-    prompt = PROMPTS[row] if branch == 0 else sequence.dropped(layout, PROMPTS[row])
     target = None if target is None else Latents(np.asarray(target), np.zeros((N, C), np.float32))
     if task == "generate":
-        return sequence.generation(layout, prompt, target, order(row), given, groups)
-    source = (decoding.picture(row), latents(row))
-    return sequence.editing(
-        layout, *source, prompt, target, order(row), given, groups, source_dropped=branch == 2
-    )
+        made = sequence.generation(layout, PROMPTS[row], target, order(row), given, groups)
+    else:
+        source = (decoding.picture(row), latents(row))
+        made = sequence.editing(layout, *source, PROMPTS[row], target, order(row), given, groups)
+    return made if branch == 0 else sequence.dropped(layout, made, source=branch == 2)
 
 
 def call(
@@ -65,7 +64,7 @@ def call(
         params,
         decode_image.branched(branches, length),
         np.stack([order(row) for row in rows]),
-        keys()[np.array(rows)],
+        entropy()[np.array(rows)],
         guidance,
         0.9,
         given,
@@ -93,7 +92,7 @@ def slow_images(case, params, guidance, how=HOW, known=None, counts=(0, 0, 0)):
     """Without cache, padding or batch: full passes over whole images, of which z is taken."""
     bound = MODEL.bind(params)
     pictures = []
-    for row, key in enumerate(keys()):
+    for row, key in enumerate(decode.keys_of(entropy())):
         tokens = np.zeros((N, C), np.float32) if known is None else np.array(known[row])
         for stage in stages(N, how):
             for first in range(stage.first, stage.first + stage.groups * stage.width, stage.width):
@@ -270,7 +269,7 @@ def test_a_row_may_have_its_own_guidance(params):
         np.testing.assert_allclose(mixed[row], draw(PLAIN, params, guidance=(w,))[row], atol=1e-4)
 
 
-def test_guidance_keys_and_schedule_matter(params):
+def test_guidance_entropy_and_schedule_matter(params):
     run = functools.partial(draw, PLAIN, params)
     base = run()
     assert np.abs(run(guidance=(1.0,)) - base).max() > 0.01
@@ -279,7 +278,7 @@ def test_guidance_keys_and_schedule_matter(params):
     assert np.abs(base[0] - base[1]).max() > 0.01
 
 
-def test_one_program_serves_all_prompts_keys_and_settings(params):
+def test_one_program_serves_all_prompts_entropy_and_settings(params):
     run = functools.partial(draw, PLAIN, params)
     run()
     compiled = decode_image.images._cache_size()

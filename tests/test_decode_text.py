@@ -12,8 +12,8 @@ from tests.decoding import (
     EOS,
     LAYOUTS,
     PROMPTS,
+    entropy,
     full,
-    keys,
     make_model,
     make_params,
     picture,
@@ -40,10 +40,10 @@ def questions(layout):
 
 
 def ask(layout, rows=(0, 1, 2), length=14):
-    """Prefixes and keys of some rows."""
+    """Prefixes and entropy of some rows."""
     rows = list(rows)
     prefix = decode.stack([questions(layout)[row] for row in rows], length)
-    return prefix, None, keys()[np.array(rows)]
+    return prefix, None, entropy()[np.array(rows)]
 
 
 def write(model, params, layout, rows=(0, 1, 2), sampling=GREEDY, length=14, eos=EOS):
@@ -128,7 +128,7 @@ def test_questions_on_one_picture_share_its_keys_and_values(model, params, pictu
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     write = functools.partial(decode_text.text, model, params, eos=EOS, max_tokens=6)
     np.testing.assert_array_equal(
-        write(rest, shared, keys(), GREEDY), write(whole, None, keys(), GREEDY)
+        write(rest, shared, entropy(), GREEDY), write(whole, None, entropy(), GREEDY)
     )
 
 

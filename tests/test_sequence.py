@@ -1,5 +1,7 @@
 """Layouts, masks and slots against the paper's figure, by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +63,24 @@ def test_generation_prefix_ends_with_boi_and_its_first_target():
     assert not s.image_weight.any()
 
 
-def test_dropped_prompt_keeps_its_length():
-    assert sequence.dropped(LAYOUT, [10, 11, 12]) == [LAYOUT.null] * 3
+@pytest.mark.parametrize("target", [None, latents()], ids=["prefix", "whole"])
+@pytest.mark.parametrize("views", [None, (IMAGE, None), (None, latents(50)), (IMAGE, latents(50))])
+def test_a_dropped_prompt_is_as_many_null_tokens(views, target):
+    def make(prompt):
+        if views is None:
+            return sequence.generation(LAYOUT, prompt, target, ORDER)
+        return sequence.editing(LAYOUT, *views, prompt, target, ORDER)
+
+    whole = make([10, 11, 12])
+    null, expected = sequence.dropped(LAYOUT, whole), make([LAYOUT.null] * 3)
+    for field in dataclasses.fields(null):
+        np.testing.assert_array_equal(getattr(null, field.name), getattr(expected, field.name))
+    assert 10 in whole.tokens  # it is left as it was
+
+
+def test_a_text_to_be_made_has_none_to_drop():
+    with pytest.raises(ValueError, match="no text before an image"):
+        sequence.dropped(LAYOUT, sequence.understanding(LAYOUT, IMAGE, [10], [20]))
 
 
 def test_editing_feeds_the_source_clean_and_supervises_the_target_alone():
@@ -191,13 +209,17 @@ def test_given_tokens_are_part_of_the_prefix(given):
     np.testing.assert_array_equal(shifted.latent_mean[2 : 2 + known], latents().mean[ORDER[:known]])
 
 
-def test_a_dropped_source_leaves_null_tokens_in_its_place():
-    prompt = sequence.dropped(LAYOUT, [10])
-    s = sequence.editing(LAYOUT, IMAGE, latents(50), prompt, latents(), ORDER, source_dropped=True)
-    kept = sequence.editing(LAYOUT, IMAGE, latents(50), prompt, latents(), ORDER)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_dropped_source_leaves_null_tokens_in_its_place(bidirectional):
+    layout = dataclasses.replace(LAYOUT, bidirectional_prefix=bidirectional)
+    kept = sequence.editing(layout, IMAGE, latents(50), [10], latents(), ORDER)
+    s = sequence.dropped(layout, kept, source=True)
     assert len(s) == len(kept) and len(s.images) == 0
     np.testing.assert_array_equal(s.tokens[:9], [LAYOUT.null] * 7 + [LAYOUT.bos, LAYOUT.null])
-    assert (s.modality[:9] == Modality.TEXT).all() and not s.latent_mean[:9].any()
+    assert (s.modality[:9] == Modality.TEXT).all() and (s.content_position[:9] == -1).all()
+    assert not s.latent_mean[:9].any() and not s.latent_std[:9].any()
+    for name in ("position", "step"):
+        np.testing.assert_array_equal(getattr(s, name), getattr(kept, name))
     for name in ("tokens", "modality", "latent_mean", "target_position", "image_weight"):
         np.testing.assert_array_equal(getattr(s, name)[9:], getattr(kept, name)[9:])
 
@@ -211,7 +233,9 @@ def test_latents_go_where_a_sequence_keeps_them(groups):
         sequence.generation(LAYOUT, [10], images[0], ORDER, groups=groups),
         sequence.understanding(LAYOUT, IMAGE, [10], [20]),
         sequence.editing(LAYOUT, None, images[1], [11], images[2], order, groups=groups),
-        sequence.editing(LAYOUT, IMAGE, images[3], [11], images[3], ORDER, source_dropped=True),
+        sequence.dropped(
+            LAYOUT, sequence.editing(LAYOUT, IMAGE, images[3], [11], images[3], ORDER), source=True
+        ),
     ]
     names = ("modality", "behind", "content_position", "target_position", "latent_mean")
     row = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}

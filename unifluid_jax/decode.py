@@ -6,7 +6,7 @@ it to the same slot, P, P + 1, ..., behind the longest prefix; its RoPE position
 behind the row's own prefix, and the slots of padding are never looked at. So a row gets what it
 would get alone.
 
-Prompts, keys, guidance and temperatures are traced: a program is compiled per number of rows,
+Prompts, entropy, guidance and temperatures are traced: a program is compiled per number of rows,
 prefix length and static setting.
 
 Letters: B rows; P positions of a padded prefix; S slots of the cache; D model width.
@@ -18,20 +18,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from unifluid_jax.models.gemma import Cache
 from unifluid_jax.models.unifluid import Batch, UniFluid
 from unifluid_jax.sequence import Sequence, attention_mask
 
+# What a row's random numbers come from.
+Entropy = UInt32[Array, "B 2"] | UInt32[np.ndarray, "B 2"]
 # What padding holds: zero, but here.
 _PADDING = {"content_position": -1, "target_position": -1}
 # What a prefix is read by; the rest of a `Sequence` are targets.
 _FIELDS = ("tokens", "modality", "position", "step", "latent_mean", "behind", *_PADDING)
 
 
-def stack(sequences: list[Sequence], length: int) -> dict[str, np.ndarray]:
+def stack(
+    sequences: list[Sequence], length: int, shown: list[Sequence] | None = None
+) -> dict[str, np.ndarray]:
     """Prefixes as the rows of a batch, each padded on the right to `length` positions.
+
+    Args:
+        shown: those whose pictures go along, by default all.
 
     Raises:
         ValueError: one of them is longer.
@@ -49,8 +56,17 @@ def stack(sequences: list[Sequence], length: int) -> dict[str, np.ndarray]:
     batch = {name: padded(name) for name in _FIELDS}
     lengths = np.array([len(s) for s in sequences])
     batch["segment"] = (np.arange(length)[None] < lengths[:, None]).astype(np.int32)
-    batch["images"] = np.stack([s.images for s in sequences])
+    batch["images"] = np.stack([s.images for s in shown or sequences])
     return batch
+
+
+def keys_of(entropy_B2: Entropy) -> jax.Array:
+    """Typed keys of 64 bits each, one per row, whatever kind of keys JAX is set to.
+
+    Part of each program: as one of its own it would cost a picture more than all else on the host.
+    """
+    first_B = jax.vmap(jax.random.key)(entropy_B2[:, 0])
+    return jax.vmap(jax.random.fold_in)(first_B, entropy_B2[:, 1])
 
 
 class State(NamedTuple):

@@ -12,8 +12,8 @@ none), as InstructPix2Pix. They share the tokens drawn.
 What is known beforehand (inpainting) is laid out in the prefix, first in the order; it is never
 drawn.
 
-Prompts, keys, guidance and temperature are traced: one program serves all of them; it is compiled
-per number of rows, prefix length and `ImageSampling`.
+Prompts, entropy, guidance and temperature are traced: one program serves all of them; it is
+compiled per number of rows, prefix length and `ImageSampling`.
 
 Letters: as in `decode.py`, and G branches of guidance, R = G B rows of them, F prefixes fed for
 these, K tokens of a group.
@@ -31,7 +31,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from unifluid_jax.decode import fill, rows_of, stack
+from unifluid_jax.decode import Entropy, fill, keys_of, rows_of, stack
 from unifluid_jax.diffusion import Predict, Process
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional, Params
@@ -241,13 +241,7 @@ def branched(
     *others, last = branches
     if share and others and len(last) > 1 and _nested(last) and not len(others[0][0].images):
         branches = [*others, [max(last, key=len)]]
-    batches = [stack(sequences, length) for sequences in branches]
-    joined = {
-        name: np.concatenate([batch[name] for batch in batches])
-        for name in batches[0]
-        if name != "images"
-    }
-    return {**joined, "images": batches[0]["images"]}
+    return stack([s for sequences in branches for s in sequences], length, shown=branches[0])
 
 
 def _nested(sequences: list[TokenSequence]) -> bool:
@@ -268,7 +262,7 @@ def images(
     params: Params,
     prefix: Batch,
     order_BN: Int[Array, "B N"],
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     guidance: tuple[ArrayLike, ...],
     temperature: ArrayLike,
     given: Given | None = None,
@@ -282,7 +276,7 @@ def images(
         prefix: from `branched`: rows up to and with the position that asks for the first token;
             one row of the least conditional branch may stand for all.
         order_BN: the order in which the grid cells are decoded.
-        key_B: a typed key per row; the row's noise depends on it alone.
+        entropy_B2: 64 bits per row; the row's noise depends on them alone.
         guidance: a scale for each branch but the last, a scalar or a value per row: for (text,
             none) that of the text; for (text and source, source, none) those of text and source.
             Empty without guidance: one branch.
@@ -291,7 +285,7 @@ def images(
         how: all other settings.
     """
     model: UniFluid = functional.bind(params).unstacked()
-    fixed, progress = _begin(model, prefix, order_BN, key_B, guidance, temperature, given)
+    fixed, progress = _begin(model, prefix, order_BN, entropy_B2, guidance, temperature, given)
     for stage in stages(order_BN.shape[1], how):
         fixed, progress = _needed(fixed, progress, stage)
 
@@ -311,7 +305,7 @@ def stream(
     params: Params,
     prefix: Mapping[str, ArrayLike],
     order_BN: ArrayLike,
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     guidance: tuple[ArrayLike, ...],
     temperature: ArrayLike,
     given: Given | None = None,
@@ -327,7 +321,7 @@ def stream(
         known = np.argsort(order_BN, axis=1) < given.count_B[:, None]
         given = given._replace(tokens_BNC=np.where(known[:, :, None], given.tokens_BNC, 0))
     fixed, progress = _started(
-        functional, params, prefix, order_BN, key_B, guidance, temperature, given
+        functional, params, prefix, order_BN, entropy_B2, guidance, temperature, given
     )
     # Handed out as copies: the next step overwrites its buffers.
     yield jnp.copy(progress.tokens_BNC), least
@@ -369,7 +363,7 @@ def _begin(
     model: UniFluid,
     prefix: Batch,
     order_BN: Array,
-    key_B: Array,
+    entropy_B2: Entropy,
     guidance: tuple[Array, ...],
     temperature: Array,
     given: Given | None,
@@ -404,7 +398,7 @@ def _begin(
         base_R=base_R,
         boi_BD=model.backbone.embed(boi_B1)[:, 0],
         order_BN=order_BN,
-        key_B=key_B,
+        key_B=keys_of(entropy_B2),
         count_B=given.count_B,
         guidance=tuple(jnp.asarray(scale, jnp.float32) for scale in guidance),
         temperature=jnp.asarray(temperature, jnp.float32),

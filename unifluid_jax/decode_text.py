@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from unifluid_jax.decode import State, feed, prefill, rows_of
+from unifluid_jax.decode import Entropy, State, feed, keys_of, prefill, rows_of
 from unifluid_jax.models.functional import Functional, Params
 from unifluid_jax.models.unifluid import UniFluid
 from unifluid_jax.sequence import Sequence, attention_mask
@@ -126,7 +126,7 @@ def begin(
     params: Params,
     prefix: Rows,
     shared: Shared | None,
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     sampling: TextSampling,
     *,
     max_tokens: int,
@@ -137,13 +137,13 @@ def begin(
         functional, params: the UniFluid.
         prefix: rows up to and with the separator, from `stack`; without what is in `shared`.
         shared: what several rows begin with, or None.
-        key_B: a typed key per row; what is drawn for the row depends on it alone.
+        entropy_B2: 64 bits per row; what is drawn for the row depends on them alone.
         sampling: how tokens are chosen.
         max_tokens: T, room for tokens.
     """
     model: UniFluid = functional.bind(params).unstacked()
     hidden_BD, state = _prefill(model, prefix, shared, max_tokens - 1)
-    first_B = _pick(model, 0, hidden_BD, key_B, sampling)
+    first_B = _pick(model, 0, hidden_BD, keys_of(entropy_B2), sampling)
     tokens_BT = jnp.full((len(hidden_BD), max_tokens), -1, jnp.int32).at[:, 0].set(first_B)
     return Progress(tokens_BT, jnp.asarray(1), state)
 
@@ -153,7 +153,7 @@ def advance(
     functional: Functional,
     params: Params,
     progress: Progress,
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     sampling: TextSampling,
     until: ArrayLike,
     *,
@@ -162,10 +162,12 @@ def advance(
     """Decodes until there are `until` tokens or every row has ended.
 
     Args:
-        progress: from `begin` or `advance`, of the same `key_B` and `sampling`; given away.
+        progress: from `begin` or `advance`, of the same `entropy_B2` and `sampling`; given away.
         eos: id of the end of sequence.
     """
     model: UniFluid = functional.bind(params).unstacked()
+
+    key_B = keys_of(entropy_B2)
 
     def more(progress: Progress) -> Array:
         ended_B = (progress.tokens_BT == eos).any(axis=1)
@@ -193,7 +195,7 @@ def text(
     params: Params,
     prefix: Rows,
     shared: Shared | None,
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     sampling: TextSampling,
     *,
     eos: int,
@@ -203,8 +205,10 @@ def text(
 
     Arguments as for `begin` and `advance`.
     """
-    progress = begin(functional, params, prefix, shared, key_B, sampling, max_tokens=max_tokens)
-    progress = advance(functional, params, progress, key_B, sampling, max_tokens, eos=eos)
+    progress = begin(
+        functional, params, prefix, shared, entropy_B2, sampling, max_tokens=max_tokens
+    )
+    progress = advance(functional, params, progress, entropy_B2, sampling, max_tokens, eos=eos)
     return _ended(progress.tokens_BT, eos)
 
 
@@ -213,17 +217,19 @@ def stream(
     params: Params,
     prefix: Rows,
     shared: Shared | None,
-    key_B: jax.Array,
+    entropy_B2: Entropy,
     sampling: TextSampling,
     *,
     eos: int,
     max_tokens: int,
 ) -> Iterator[Int[Array, "B T"]]:
     """What `text` returns, after each token: EOS stands where there is none yet."""
-    progress = begin(functional, params, prefix, shared, key_B, sampling, max_tokens=max_tokens)
+    progress = begin(
+        functional, params, prefix, shared, entropy_B2, sampling, max_tokens=max_tokens
+    )
     for count in range(2, max_tokens + 1):
         yield _ended(progress.tokens_BT, eos)
-        progress = advance(functional, params, progress, key_B, sampling, count, eos=eos)
+        progress = advance(functional, params, progress, entropy_B2, sampling, count, eos=eos)
         if int(progress.count) < count:  # every row had ended
             return
     yield _ended(progress.tokens_BT, eos)

@@ -48,7 +48,6 @@ from unifluid_jax.requests import (
     TASKS,
     Request,
     draw_entropy,
-    make_keys,
     numbered,
     paired,
     rngs,
@@ -397,11 +396,12 @@ class Model:
                 given = int((~request.cells).sum())
                 # What is kept comes first.
                 order = order[np.argsort(request.cells[order], kind="stable")]
-            prefixes = [
-                sequencer.prefix(request.example, order, given=given, **left_out)
-                for left_out in drawing.branches(request.example.task)
+            whole = sequencer.prefix(request.example, order, given=given)
+            less = [
+                sequence.dropped(layout, whole, source)
+                for source in drawing.dropped(request.example.task)
             ]
-            rows.append(_Row(request, prefixes, order, given, draw_entropy(rng)))
+            rows.append(_Row(request, [whole, *less], order, given, draw_entropy(rng)))
         return rows
 
     def _image_arguments(self, rows: list[_Row], drawing: Drawing) -> tuple[Any, ...]:
@@ -418,7 +418,7 @@ class Model:
             (
                 decode_image.branched([list(branch) for branch in branches], length, share=alone),
                 np.stack([row.order for row in rows]),
-                make_keys([row.entropy for row in rows]),
+                np.stack([row.entropy for row in rows]),
                 given,
             ),
             self._mesh,
@@ -527,7 +527,7 @@ class Model:
         arrays = (
             decode.stack(list(whole), length),
             shared,
-            make_keys([row.entropy for row in rows]),
+            np.stack([row.entropy for row in rows]),
         )
         return self.parts.model, self.params, *sharding.spread(arrays, self._mesh)
 

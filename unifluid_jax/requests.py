@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, UInt8, UInt32
 
@@ -95,16 +94,5 @@ def rngs(requests: Sequence[Request], seed: int) -> list[np.random.Generator]:
 
 
 def draw_entropy(rng: np.random.Generator) -> UInt32[np.ndarray, "2"]:
-    """What the row's key is made of."""
+    """What the row's random numbers come from, see `decode.keys_of`."""
     return rng.integers(2**32, size=2, dtype=np.uint32)
-
-
-def make_keys(entropy: Sequence[np.ndarray]) -> jax.Array:
-    """Typed keys of 64 bits each, whatever kind of keys JAX is set to."""
-    return _keys_of(np.stack(entropy))
-
-
-@jax.jit
-def _keys_of(entropy_B2: jax.Array) -> jax.Array:
-    first_B = jax.vmap(jax.random.key)(entropy_B2[:, 0])
-    return jax.vmap(jax.random.fold_in)(first_B, entropy_B2[:, 1])

@@ -45,6 +45,7 @@ ones: causal. Zeros over a prefix: prefix-LM. Zeros over a group but its first: 
 
 import dataclasses
 import enum
+import functools
 import itertools
 import math
 from collections.abc import Collection, Mapping
@@ -132,6 +133,7 @@ class Sequence:
 
 # The fields that have an entry per picture, not per position.
 PICTURES = ("images", "pictures")
+_POSITIONS = tuple(f.name for f in dataclasses.fields(Sequence) if f.name not in PICTURES)
 _NO_PICTURES = np.zeros((0, 0, 0, 3), np.uint8)
 
 
@@ -184,8 +186,6 @@ def editing(
     order: Int[np.ndarray, "N"],
     given: int | None = None,
     groups: Collection[int] = (),
-    *,
-    source_dropped: bool = False,
 ) -> Sequence:
     """A source image in one or two views, an instruction, and the edited image.
 
@@ -195,8 +195,6 @@ def editing(
         source: the picture for the vision tower, or None to leave this view out.
         source_latents: the source's latents, clean and in raster order, or None to leave this view
             out.
-        source_dropped: the null token stands at every position of both views, for guidance by the
-            source (InstructPix2Pix).
 
     Raises:
         UserError: both views are left out.
@@ -209,9 +207,6 @@ def editing(
         prefix.append(_source(layout, source_latents))
     prefix.append(_text(layout, [layout.bos, *instruction]))
     images = None if source is None else source[None]
-    if source_dropped:
-        views = sum(map(len, prefix[:-1]))
-        prefix, images = [_text(layout, [layout.null] * views), prefix[-1]], None
     return _assemble(layout, prefix, [_targets(layout, target, order, given, groups)], images)
 
 
@@ -228,12 +223,29 @@ def check_views(vision: bool, latents: bool) -> None:
         )
 
 
-def dropped(layout: Layout, prompt: list[int]) -> list[int]:
-    """The prompt without its words, for classifier-free guidance.
+def dropped(layout: Layout, whole: Sequence, source: bool = False) -> Sequence:
+    """An image to be made, without what it is to show, for classifier-free guidance.
 
-    The learned null token stands at each of its positions.
+    The learned null token stands at each position of the prompt.
+
+    Args:
+        whole: from `generation` or `editing`.
+        source: also at each position of the source's views (InstructPix2Pix).
     """
-    return [layout.null] * len(prompt)
+    bos = int(np.argmax(whole.modality == Modality.TEXT))  # views of a source come before it
+    first = int(np.argmax(whole.target_position >= 0))
+    if not bos < first:
+        raise ValueError("there is no text before an image to be made")
+    made = dataclasses.replace(whole, tokens=whole.tokens.copy())
+    made.tokens[bos + 1 : first] = layout.null
+    if not source:
+        return made
+    made.tokens[:bos] = layout.null
+    nothing = {"modality": Modality.TEXT, "latent_mean": 0, "latent_std": 0, "content_position": -1}
+    cleared = {name: getattr(whole, name).copy() for name in nothing}
+    for name, value in nothing.items():
+        cleared[name][:bos] = value
+    return dataclasses.replace(made, **cleared, images=_NO_PICTURES)
 
 
 def raster(layout: Layout) -> Int[np.ndarray, "N"]:
@@ -307,28 +319,41 @@ def _asked(
 ) -> Sequence:
     """Positions that ask for the first tokens of the order, a group at a time.
 
-    The last of a group are fed the tokens of the group before; where this one is longer, or the
-    first, the others are BOI. Each position comes with the token that it predicts.
+    Each position comes with the token that it predicts.
     """
-    widths = np.array(groups, np.int32)
-    span = _span(layout, int(widths.sum()), Modality.TEXT)
-    first = np.cumsum(widths) - widths
-    span.step[:] = 0
-    span.step[first] = 1
-    fed = np.arange(len(span)) - np.repeat(widths, widths)
-    before = np.repeat(np.append(0, first[:-1]), widths)  # where the group before begins
-    (content,) = np.nonzero(fed >= before)
+    step, content, behind = _fed(tuple(groups))
+    span = _span(layout, len(step), Modality.TEXT)
+    span.step[:] = step
     span.tokens[:] = layout.boi
     span.tokens[content] = 0
     span.modality[content] = Modality.LATENT
-    span.behind[content] = content - fed[content]
-    span.content_position[content] = order[fed[content]]
+    span.behind[content] = behind
+    span.content_position[content] = order[content - behind]
     span.target_position[:] = order[: len(span)]
     if latents is not None:
         span.latent_mean[:] = latents.mean[order[: len(span)]]
         span.latent_std[:] = latents.std[order[: len(span)]]
         span.image_weight[:] = 1.0
     return span
+
+
+@functools.lru_cache(maxsize=256)
+def _fed(
+    groups: tuple[int, ...],
+) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "K"], Int[np.ndarray, "K"]]:
+    """Where groups start, which positions are fed a token, and how far behind that one was asked.
+
+    The last of a group are fed the tokens of the group before; where this one is longer, or the
+    first, the others are BOI.
+    """
+    widths = np.array(groups, np.int32)
+    first = np.cumsum(widths) - widths
+    step = np.zeros(widths.sum(), np.int32)
+    step[first] = 1
+    behind = np.repeat(widths, widths)
+    before = np.repeat(np.append(0, first[:-1]), widths)  # where the group before begins
+    (content,) = np.nonzero(np.arange(len(step)) - behind >= before)
+    return step, content, behind[content]
 
 
 GROWTHS = ("constant", "cosine")
@@ -363,11 +388,7 @@ def _assemble(
     images: UInt8[np.ndarray, "n H W 3"] | None,
 ) -> Sequence:
     spans = [*prefix, *suffix]
-    joined = {
-        field.name: np.concatenate([getattr(span, field.name) for span in spans])
-        for field in dataclasses.fields(Sequence)
-        if field.name not in PICTURES
-    }
+    joined = {name: np.concatenate([getattr(span, name) for span in spans]) for name in _POSITIONS}
     starts = np.cumsum([0, *map(len, spans)])
     for span, start in zip(spans, starts, strict=False):
         joined["position"][start : start + len(span)] += start

@@ -11,6 +11,8 @@ from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.errors import UserError
 from unifluid_jax.parts import Parts
 
+_HOW = tuple(f.name for f in dataclasses.fields(ImageSampling) if f.name != "sampler")
+
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
@@ -32,15 +34,18 @@ class Drawing:
         if self.order not in ("random", "raster"):
             raise UserError(f'order is "{self.order}": set it to random or raster')
 
-    def branches(self, task: str) -> list[dict[str, bool]]:
-        """What each branch of guidance leaves out, the most conditional first."""
+    def dropped(self, task: str) -> tuple[bool, ...]:
+        """Of each branch of guidance but the first, whether it lacks the source besides the text.
+
+        The most conditional first.
+        """
         if task == "edit" and self.image_guidance != 1:
-            return [{}, {"dropped": True}, {"dropped": True, "source_dropped": True}]
-        return [{}, {"dropped": True}] if self.guidance != 1 else [{}]
+            return False, True
+        return (False,) if self.guidance != 1 else ()
 
     def scales(self, task: str) -> tuple[float, ...]:
         """One for each branch but the last."""
-        return (self.guidance, self.image_guidance)[: len(self.branches(task)) - 1]
+        return (self.guidance, self.image_guidance)[: len(self.dropped(task))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +111,15 @@ def drawing(
     if steps is not None:
         options["steps"] = steps
     fields = {"schedule": c.schedule, **c.get("image", {}), **how}
-    known = [f.name for f in dataclasses.fields(ImageSampling) if f.name != "sampler"]
     for name in fields:
-        if name not in known:
-            raise UserError(f'no setting "{name}" of pictures: there are {", ".join(known)}')
+        if name not in _HOW:
+            raise UserError(f'no setting "{name}" of pictures: there are {", ".join(_HOW)}')
+    if image_guidance is None:
+        # Configs stored before there was such guidance know no such field.
+        image_guidance = c.image_guidance if "image_guidance" in c else 1.0
     result = Drawing(
         guidance=float(c.guidance if guidance is None else guidance),
-        # Configs stored before there was such guidance know no such field.
-        image_guidance=float(
-            c.get("image_guidance", 1.0) if image_guidance is None else image_guidance
-        ),
+        image_guidance=float(image_guidance),
         temperature=float(c.temperature if temperature is None else temperature),
         order=c.order if order is None else order,
         how=sampling_from(parts.process, parts.sequencer.parallel, options, **fields),

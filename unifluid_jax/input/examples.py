@@ -212,8 +212,6 @@ class Sequencer:
             return sequence.understanding(self.layout, image, prompt, self._checked(example.answer))
         drawn = rng.random()
         source_dropped = example.task == "edit" and drawn > 1 - self._source_drop
-        if drawn < self._text_drop or source_dropped:
-            prompt = sequence.dropped(self.layout, prompt)
         order, pictures = self.order(rng), []
         if self.encode_in_step:
             if example.task == "edit" and self._edit_latents and not source_dropped:
@@ -226,9 +224,9 @@ class Sequencer:
         if example.task == "generate":
             laid_out = sequence.generation(self.layout, prompt, target, order, groups=groups)
         else:
-            laid_out = self._edit(
-                example, prompt, target, order, groups=groups, source_dropped=source_dropped
-            )
+            laid_out = self._edit(example, prompt, target, order, groups=groups)
+        if drawn < self._text_drop or source_dropped:
+            laid_out = sequence.dropped(self.layout, laid_out, source_dropped)
         return dataclasses.replace(laid_out, pictures=np.stack(pictures)) if pictures else laid_out
 
     def prefix(
@@ -236,17 +234,13 @@ class Sequencer:
         example: Example,
         order: Int[np.ndarray, "N"],
         *,
-        dropped: bool = False,
-        source_dropped: bool = False,
         given: int = 0,
     ) -> Sequence:
-        """The sequence to decode from; with `dropped`, a less conditional branch of guidance.
+        """The sequence to decode from.
 
         Args:
             example: its answer and target are not looked at, but for what is `given`. An edit
                 brings `source_latents` if the model reads them.
-            dropped: leave out the text.
-            source_dropped: leave out the source of an edit.
             given: number of tokens of `target_latents`, the first in the order, that are known
                 beforehand (inpainting).
 
@@ -259,15 +253,13 @@ class Sequencer:
             prompt = self._checked(self.text.prompt(example.task, example.prompt))
         except Unfit as error:
             raise UserError(f'prompt "{_short(example.prompt)}": {error}') from None
-        if dropped:
-            prompt = sequence.dropped(self.layout, prompt)
         if example.task in ("caption", "vqa"):
             image = resized(example.image, self.image_size)
             return sequence.understanding(self.layout, image, prompt, None)
         target = example.target_latents if given else None
         if example.task == "generate":
             return sequence.generation(self.layout, prompt, target, order, given)
-        return self._edit(example, prompt, target, order, given, source_dropped=source_dropped)
+        return self._edit(example, prompt, target, order, given)
 
     def order(self, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
         """An order of the image tokens: a fresh permutation, or raster."""
@@ -336,8 +328,6 @@ class Sequencer:
         order: np.ndarray,
         given: int | None = None,
         groups: Collection[int] = (),
-        *,
-        source_dropped: bool,
     ) -> Sequence:
         source, latents = None, None
         if self._edit_vision:
@@ -355,7 +345,6 @@ class Sequencer:
             order,
             given,
             groups,
-            source_dropped=source_dropped,
         )
 
 
