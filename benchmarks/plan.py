@@ -1,11 +1,14 @@
-"""The training step as the TPU compiler sees it, beside MaxText's.
+"""The training step as the TPU compiler sees it, beside MaxText's: docs/benchmark_plan.md.
 
-    unifluid benchmark plan --json=docs/benchmark_plan.json
+    pip install libtpu==0.0.52
+    unifluid benchmark plan
 
 First the same work as MaxText 0.2.5's: Gemma-2 2B, 8 x 512 tokens a device, AdamW, float32 state,
 bfloat16 compute, a loss on the next token at every position. Its figures, with the layouts that
-served it best, were taken with jax 0.12.0.1 and libtpu 0.0.52; only equal versions compare. Then
-the step of our own recipe. All are estimates of the compiler, no measurements.
+served it best, were taken with the versions in `PEER`; only equal ones compare, and the page says
+where ours differ. Then, from the plans of the recipes (`unifluid benchmark plans`), where the time
+of our own step goes. All are estimates of the compiler, no measurements. A compilation takes
+minutes; with `--only` the figures of the other cases are kept.
 """
 
 import dataclasses
@@ -17,25 +20,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import rich.console
-import rich.table
 from absl import flags
 from ml_collections import ConfigDict
 
+from benchmarks import plans
 from unifluid_jax import cli, flops, hlo, losses, optim, planning, sharding, topology
-from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional
 from unifluid_jax.models.gemma import Gemma, GemmaConfig
 from unifluid_jax.models.kernels import Packed
 from unifluid_jax.models.presets import preset
 
-_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
-_ONLY = flags.DEFINE_string("only", "", "Run only the cases whose name contains this.")
+_OUT = flags.DEFINE_string("out", "docs/benchmark_plan", "Where to write: .md, .json.")
+_ONLY = flags.DEFINE_string("only", "", "Compile only for topologies whose name contains this.")
 
 ROWS, LENGTH, VOCABULARY = 8, 512, 256_128
 # What MaxText counts: 6 N a token, N with the tied table once, and causal attention.
 PARAMETERS = 2.6146e9
+# What its figures were taken with.
+PEER = {"jax": "0.12.0.1", "libtpu": "0.0.52"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +61,10 @@ class Case:
 
 CASES = (
     Case("v5e:4x4", (1, 16, 1), "qkv", 64, 0.553, (1.96 + 5.18) * 1e9),
-    Case("v6e:16x16", (16, 16, 1), "qkv", 64, 0.176, (1.96 + 5.98) * 1e9),
+    Case("v6e:16x16", (16, 16, 1), "qkv", 256, 0.176, (1.96 + 5.98) * 1e9),
 )
-# The real step: recipe, arguments, topology.
-RECIPES = (
-    ("experiments/unifluid_2b.py:topology=v5e_64", "v5e:8x8"),
-    ("experiments/unifluid_2b.py:topology=v5p_128", "v5p:4x4x4"),
-)
+# Of docs/plans.json.
+RECIPES = ("unifluid_2b v5e_64", "unifluid_2b v5p_128")
 
 
 def text_step(case: Case, devices: list[Any], **sizes: Any) -> tuple[Any, Any]:
@@ -141,7 +141,7 @@ def against_peer(case: Case) -> dict[str, Any]:
     timed = planning.times(cost, chip, kernel, model, set())
     memory = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     return {
-        "topology": case.name,
+        "versions": planning.versions(),
         "mesh": dict(mesh.shape),
         "remat": case.remat,
         "cycles_s": timed["cycles_s"],
@@ -158,50 +158,103 @@ def against_peer(case: Case) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    out = _JSON.value and Path(_JSON.value)
-    if out and not out.parent.is_dir():
-        raise UserError(f"--json: there is no folder {out.parent}")
-    found = run(_ONLY.value)
-    if out:
-        out.write_text(json.dumps(found, indent=2) + "\n")
+    out = Path(_OUT.value)
+    if not out.parent.is_dir():
+        raise UserError(f"--out: there is no folder {out.parent}")
+    print(run(_ONLY.value, out, plans.DOCS / "plans.json"))
 
 
-def run(only: str) -> dict[str, Any]:
-    """Prints the tables of the cases whose name contains `only`; returns their figures."""
-    console = rich.console.Console(width=120)
-    found: dict[str, Any] = {"text": [], "unifluid": []}
-    table = rich.table.Table(title="Gemma-2 2B, 8 x 512 tokens a device, loss at every position")
-    for column in (
-        *("topology", "compute s", "MaxText", "ratio", "memory GB", "MaxText", "step s", "MFU"),
-    ):
-        table.add_column(column)
+def run(only: str, out: Path, recipes: Path) -> str:
+    """Compiles the cases whose name contains `only`; writes and returns the page of all."""
+    file = out.with_suffix(".json")
+    kept = json.loads(file.read_text()) if file.exists() else {}
     for case in CASES:
-        if only in f"text {case.name}":
-            row = against_peer(case)
-            found["text"].append(row)
-            timed = row["estimate"]
-            table.add_row(
-                row["topology"],
-                f"{row['cycles_s']:.3f}",
-                f"{row['peer_cycles_s']:.3f}",
-                f"{row['ratio']:.3f}",
-                f"{row['memory_gb']:.2f}",
-                f"{row['peer_memory_gb']:.2f}",
-                "-".join(f"{t:.3f}" for t in timed["step_s"]),
-                "-".join(f"{100 * x:.1f}" for x in timed["mfu"]) + " %",
-            )
-    if found["text"]:
-        console.print(table)
-    for path, name in RECIPES:
-        if only in f"unifluid {name}":
-            row = planning.make(configs.load(path), name)
-            found["unifluid"].append({"config": path, **row})
-            console.print(f"\n{path}: {planning.heading(row)}", soft_wrap=True)
-            for part in planning.tables(row):
-                console.print(part)
-            for line in planning.remarks(row):
-                console.print(line, soft_wrap=True)
+        if only in case.name:
+            print(f"{case.name}: compiling", flush=True)
+            kept[case.name] = against_peer(case)
+            file.write_text(json.dumps(kept, indent=1) + "\n")
+    made = json.loads(recipes.read_text()) if recipes.exists() else {}
+    text = page(kept, {name: made[name] for name in RECIPES if name in made})
+    out.with_suffix(".md").write_text(text)
+    return text
+
+
+def page(text: dict[str, Any], recipes: dict[str, Any]) -> str:
+    """The page: figures of the text step by topology, and plans of recipes by name."""
+    lines = [
+        "# The training step beside MaxText's",
+        "",
+        "Made by `unifluid benchmark plan`. **Estimates of the TPU compiler, not measurements.**",
+        "",
+        f"Gemma-2 2B, {ROWS} x {LENGTH} tokens a device, a loss at every position. Compute is the"
+        " compiler's cycles at the chip's clock; attention kernels and collectives, which it does"
+        " not count, are in the step: kernels at 40 % of peak, collectives at nominal link rates."
+        " MFU counts 6 N tokens and causal attention.",
+        "",
+        "| topology | data x fsdp x tensor | remat | compute s | MaxText 0.2.5 | ratio"
+        " | memory GB | MaxText 0.2.5 | step s | MFU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in text.items():
+        timed = row["estimate"]
+        cells = (
+            name,
+            " x ".join(map(str, row["mesh"].values())),
+            row["remat"],
+            f"{row['cycles_s']:.3f}",
+            f"{row['peer_cycles_s']:.3f}",
+            f"**{row['ratio']:.3f}**",
+            f"{row['memory_gb']:.2f}",
+            f"{row['peer_memory_gb']:.2f}",
+            "-".join(f"{t:.3f}" for t in timed["step_s"]),
+            "-".join(f"{x:.3f}" for x in timed["mfu"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"MaxText's were compiled with {_said(PEER)}."]
+    for name, row in text.items():
+        same = all(row["versions"].get(package) == version for package, version in PEER.items())
+        note = "" if same else ": **not the same**"
+        lines.append(f"Ours for {name}: {_said(row['versions'])}{note}.")
+    lines += [
+        "",
+        "## The recipe's own step",
+        "",
+        "Where its time goes, in seconds of the whole step, all rows of the paper's batch:",
+        "",
+        f"| | {' | '.join(recipes)} |",
+        f"|---|{'---|' * len(recipes)}",
+    ]
+    shares = [bounds(plan) for plan in recipes.values()]
+    for part in dict.fromkeys(part for found in shares for part in found):
+        lines.append(f"| {part} | {' | '.join(found[part] for found in shares)} |")
+    made = {_said(plan["versions"]) for plan in recipes.values()}
+    lines += ["", f"Compiled with {'; '.join(sorted(made))}."] if made else []
+    return "\n".join(lines) + "\n"
+
+
+def bounds(plan: dict[str, Any]) -> dict[str, str]:
+    """What a step's time is made of, with the share of it."""
+    timed, chip = plan["estimate"], topology.CHIPS[plan["topology"].split(":")[0]]
+    model = sum(part["step"] for part in plan["model_flops"].values()) / plan["devices"]
+    issued = sum(plan["program"]["matmul_flops"].values())
+    low, high = timed["step_s"]
+    seconds = {
+        "the model's FLOPs at peak": model / chip.flops,
+        "matrix products issued beyond them (recomputed layers)": (issued - model) / chip.flops,
+        "compute besides: products below peak, elementwise work": timed["cycles_s"]
+        - issued / chip.flops,
+        "attention kernels": timed["kernels_s"],
+        "collectives that nothing runs beside": timed["collectives_sync_s"],
+    }
+    found = {part: f"{s:.3f} ({s / low:.0%})" for part, s in seconds.items()}
+    found["step, asynchronous collectives hidden"] = f"{low:.3f}"
+    found["step, none of them hidden"] = f"{high:.3f}"
+    found["MFU"] = "-".join(f"{x:.3f}" for x in timed["mfu"])
     return found
+
+
+def _said(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 if __name__ == "__main__":
