@@ -23,7 +23,6 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks import plans
 from unifluid_jax import cli, flops, hlo, losses, optim, planning, sharding, topology
 from unifluid_jax.errors import UserError
 from unifluid_jax.models.functional import Functional
@@ -63,7 +62,7 @@ CASES = (
     Case("v5e:4x4", (1, 16, 1), "qkv", 64, 0.553, (1.96 + 5.18) * 1e9),
     Case("v6e:16x16", (16, 16, 1), "qkv", 256, 0.176, (1.96 + 5.98) * 1e9),
 )
-# Of docs/plans.json.
+_PLANS = Path("docs/plans.json")  # of `unifluid benchmark plans`
 RECIPES = ("unifluid_2b v5e_64", "unifluid_2b v5p_128")
 
 
@@ -161,7 +160,7 @@ def main(argv: list[str]) -> None:
     out = Path(_OUT.value)
     if not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}")
-    print(run(_ONLY.value, out, plans.DOCS / "plans.json"))
+    print(run(_ONLY.value, out, _PLANS))
 
 
 def run(only: str, out: Path, recipes: Path) -> str:

@@ -48,7 +48,7 @@ _APART = {
     ),
     "train": ("checkpoint_every", "keep", "keep_best", "keep_every", "log_every", "steps"),
 }
-DOCS = Path("docs")
+_DOCS = Path("docs")
 _GIB = 2**30
 _OLD = "(earlier)"
 
@@ -75,7 +75,7 @@ def cases() -> Iterator[tuple[str, str]]:
 
 def main(argv: list[str]) -> None:
     cli.positional(argv)
-    run(_ONLY.value, DOCS / "plans.json")
+    run(_ONLY.value, _DOCS / "plans.json")
 
 
 def run(only: str, file: Path) -> None:
