@@ -9,7 +9,11 @@ are a text and an image, so that nothing is padded or packed on either side. Bot
 same weights; two steps on the same batch, times and noise must have the same losses and gradient
 norms. Then each side runs some steps in turn, with noise of its own; the ratio is the median over
 the turns. All of it for batches of several sizes: in large ones a step is little but matrix
-products, in small ones what lies between them counts too.
+products, in small ones what lies between them counts too. Both sides take their memory from glibc:
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 unifluid benchmark against_torch
+
+gives them huge pages, which a large batch gains by.
 """
 
 import json
@@ -35,7 +39,7 @@ from unifluid_jax import config as configs
 from unifluid_jax.errors import UserError
 from unifluid_jax.parts import Parts, assemble
 from unifluid_jax.sequence import Layout, Modality
-from unifluid_jax.step import describe, init, row_keys, train_step
+from unifluid_jax.step import describe, donated, init, row_keys, train_step
 from unifluid_jax.tasks import UniFluidTask
 
 _PYTHON = flags.DEFINE_string("python", ".venv-torch/bin/python", "A Python that has PyTorch.")
@@ -186,7 +190,7 @@ class Ours:
         self._state = start(jax.random.key(config.seed), params)
         self._step = jax.jit(
             lambda state, batch: train_step(config, task, optimizer, state, batch, {}),
-            donate_argnums=0,
+            donate_argnums=donated(),
         )
         self._placed = jax.device_put(self._batch)
 

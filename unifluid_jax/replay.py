@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unifluid_jax import checkpoint, nonfinite, sharding, tasks, topology, trees
 from unifluid_jax.errors import UserError
-from unifluid_jax.step import describe, describe_constants, row_keys, train_step
+from unifluid_jax.step import describe, describe_constants, donated, row_keys, train_step
 
 
 def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
@@ -38,7 +38,7 @@ def replay(config: ConfigDict, workdir: Path, step: int) -> list[str]:
     batches.set_state(restored.iterator)
     step_fn = jax.jit(
         lambda *arguments: train_step(config, task, optimizer, *arguments),
-        donate_argnums=0,
+        donate_argnums=donated(),
         compiler_options=topology.compiler_options(jax.default_backend()),
     )
     state = restored.state

@@ -47,7 +47,7 @@ from unifluid_jax.evals.base import EvalConfig
 from unifluid_jax.interop import unifluid
 from unifluid_jax.models.functional import Params
 from unifluid_jax.pretrained import find
-from unifluid_jax.step import State, describe, describe_constants, init, train_step
+from unifluid_jax.step import State, describe, describe_constants, donated, init, train_step
 
 _CONFIG = cli.config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -176,7 +176,7 @@ def train(
         step_fn = observe.Program(
             jax.jit(
                 observed_step,
-                donate_argnums=0,
+                donate_argnums=donated(),
                 out_shardings=(where, sharding.replicated(mesh)),
                 compiler_options=topology.compiler_options(jax.default_backend()),
             ),
