@@ -11,7 +11,7 @@ from PIL import Image
 
 import unifluid_jax
 from tests import worlds
-from unifluid_jax import checkpoint, decode_image, inference, sharding
+from unifluid_jax import checkpoint, decode, decode_image, inference, sharding
 from unifluid_jax import config as configs
 from unifluid_jax.decode_text import TextSampling
 from unifluid_jax.errors import UserError
@@ -37,10 +37,10 @@ def changed(model, **changes):
 
 @pytest.fixture
 def draws(model, monkeypatch):
-    """Replaces the decoding of images by a plain function of key and order; keeps its arguments."""
+    """Replaces the decoding of images by a function of entropy and order; keeps its arguments."""
     calls = []
 
-    def images(functional, params, rows, order, key, guidance, temperature, given, **static):
+    def images(functional, params, rows, order, entropy, guidance, temperature, given, **how):
         branches = [
             {name: x[i : i + len(order)] for name, x in rows.items() if name != "images"}
             for i in range(0, len(rows["tokens"]), len(order))
@@ -54,11 +54,11 @@ def draws(model, monkeypatch):
                 "order": order,
                 "guidance": guidance,
                 "given": given,
-                **static,
+                **how,
             }
         )
         draw = jax.vmap(lambda k: jax.random.normal(k, (4, worlds.VAE.token_dim)))
-        return draw(key) + 0.1 * order[..., None]
+        return draw(decode.keys_of(entropy)) + 0.1 * order[..., None]
 
     monkeypatch.setattr(decode_image, "images", images)
     return calls

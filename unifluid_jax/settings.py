@@ -115,7 +115,8 @@ def drawing(
         if name not in _HOW:
             raise UserError(f'no setting "{name}" of pictures: there are {", ".join(_HOW)}')
     if image_guidance is None:
-        # Configs stored before there was such guidance know no such field.
+        # Configs stored before there was such guidance know no such field; `get` would look for
+        # names like it, at every call.
         image_guidance = c.image_guidance if "image_guidance" in c else 1.0
     result = Drawing(
         guidance=float(c.guidance if guidance is None else guidance),
