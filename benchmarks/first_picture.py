@@ -28,7 +28,7 @@ from absl import flags
 
 import unifluid_jax
 from benchmarks import cores
-from unifluid_jax import cli, decode_image, sharding
+from unifluid_jax import cli, decode_image, inference, sharding
 from unifluid_jax.image_tokenizer import ImageTokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run, exported folder or name.", required=True)
@@ -79,11 +79,11 @@ def main(argv: list[str]) -> None:
             f"{shares[0]:.1%} to {shares[-1]:.1%}",
         )
     console.print(table)
-    model = unifluid_jax.load(_WORKDIR.value)
+    sampler = inference.stored_config(_WORKDIR.value).sampling.sampler.to_dict()
     device = jax.devices()[0]
     console.print(
         f"{jax.device_count()} x {device.device_kind}, {cores()} cores, jax {jax.__version__},"
-        f" Python {platform.python_version()}; {model.config.sampling.sampler.to_dict()};"
+        f" Python {platform.python_version()}; {sampler};"
         f" {_STARTS.value} warm starts of {_REPEATS.value} calls"
     )
 

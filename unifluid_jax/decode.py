@@ -63,7 +63,7 @@ def stack(
 def keys_of(entropy_B2: Entropy) -> jax.Array:
     """Typed keys of 64 bits each, one per row, whatever kind of keys JAX is set to.
 
-    Part of each program: as one of its own it would cost a picture more than all else on the host.
+    Part of each program: one of its own would be another to start for every picture.
     """
     first_B = jax.vmap(jax.random.key)(entropy_B2[:, 0])
     return jax.vmap(jax.random.fold_in)(first_B, entropy_B2[:, 1])
