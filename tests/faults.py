@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny  # noqa: E402
 
-from unifluid_jax import __main__, checkpoint, metrics, sharding, tasks, trees  # noqa: E402
+from unifluid_jax import __main__, checkpoint, distributed, metrics, sharding, tasks, trees  # noqa: E402
 from unifluid_jax import config as configs  # noqa: E402
 
 KINDS = ("kill", "kill at once", "term", "kill while saving", "truncate", "flip", "kill one")
@@ -147,6 +147,7 @@ def unifluid_train(folder, workdir, number, numbers, port):
     jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
     jax.config.update("jax_num_cpu_devices", DEVICES // numbers)
     tasks._TASKS["unifluid"] = SmallTask
+    distributed._HEARTBEAT = 20  # seconds of silence: a hundred faults are not to wait for 100 each
     step = [0]
     begin, shard = metrics.Writer.__init__, sharding.shard_batch
 
@@ -165,9 +166,9 @@ def unifluid_train(folder, workdir, number, numbers, port):
 
     metrics.Writer.__init__, sharding.shard_batch = noted_begin, noted_shard
     sys.argv = ["unifluid", "train", f"--config={folder / 'config.json'}", f"--workdir={workdir}"]
-    if numbers > 1:
-        sys.argv += [f"--coordinator=localhost:{port}", f"--processes={numbers}"]
-        sys.argv += [f"--process={number}", "--wait_seconds=120"]
+    # A single one too: only then it adds up as several do (docs/running.md).
+    sys.argv += [f"--coordinator=localhost:{port}", f"--processes={numbers}"]
+    sys.argv += [f"--process={number}", "--wait_seconds=120"]
     __main__.main()
 
 

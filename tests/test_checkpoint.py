@@ -436,7 +436,7 @@ def several(folder, steps, **keep):
 
 def largest(folder):
     """The largest file; of arrays, one with values."""
-    # Not those below ocdbt.process_0, which Orbax has merged and reads no more.
+    # Not those below ocdbt.process_0: only what does not compress is still read from there.
     values = [path for path in folder.glob("d/*") if path.is_file()]
     return max(values or [folder / "metadata"], key=lambda path: path.stat().st_size)
 
@@ -483,6 +483,27 @@ def test_any_flipped_bit_of_the_values_is_found(saved, at):
     for which in ("ema", "params"):
         with contextlib.suppress(UserError):  # whole where the bit was not its own
             assert_equal(checkpoint.restore_params(saved, abstract, which), make_state()[which])
+
+
+@pytest.mark.parametrize("at", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9])
+def test_any_truncated_file_is_found(tmp_path, at):
+    """Be it one of values, which lie apart where they are too many to compress, or of where."""
+    state = {"w": jax.random.normal(jax.random.key(0), (64, 64)), "step": jnp.asarray(1)}
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, state, {"0": 1}, META)
+    step, found = tmp_path / "checkpoints" / "1", set()
+    for path in sorted(path for path in step.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(at * len(whole))])
+        with Checkpointer(tmp_path, keep=1) as checkpointer:
+            try:
+                assert_equal(checkpointer.restore(place(state, 2), 1).state, state)
+            except UserError as error:
+                assert "is damaged" in str(error), error
+                found.add(path.relative_to(step).parts[:-1])
+        path.write_bytes(whole)
+    # Orbax merges what the processes have written, but for the values.
+    assert {("meta",), ("state", "d"), ("state", "ocdbt.process_0", "d")} <= found
 
 
 def test_checksums_name_the_array(saved, monkeypatch):

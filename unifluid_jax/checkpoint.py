@@ -538,8 +538,12 @@ def _read_arrays(
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=gigabytes)
     try:
         return jax.block_until_ready(handler.restore(folder, args=arguments))
-    except _UNREADABLE as error:
-        raise _damaged(folder, error) from error
+    except Exception as error:
+        # Of values that it cannot read, Orbax raises an Exception made of the reason.
+        reason = error if isinstance(error, _UNREADABLE) else error.__cause__
+        if not isinstance(reason, _UNREADABLE):
+            raise
+        raise _damaged(folder, reason) from error
 
 
 def _check_leaves(folder: epath.Path, saved: Tree, wanted: Tree, exact: bool) -> None:
