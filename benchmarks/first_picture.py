@@ -28,7 +28,7 @@ from absl import flags
 
 import unifluid_jax
 from benchmarks import cores
-from unifluid_jax import cli, decode_image, inference, sharding
+from unifluid_jax import cli, decode_image, inference
 from unifluid_jax.image_tokenizer import ImageTokenizer
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run, exported folder or name.", required=True)
@@ -103,29 +103,22 @@ def _start(programs: str, batches: list[str]) -> tuple[list[float], list[list[fl
 
 def overhead(model: unifluid_jax.Model, batch: int, repeats: int) -> tuple[float, float]:
     """Median seconds of a call, and of what of it passes outside of its programs."""
-    inside = depth = 0
+    inside = 0.0
 
     def timed(function: Callable) -> Callable:
         def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal inside, depth
-            depth += 1
+            nonlocal inside
             begun = time.perf_counter()
             result = function(*arguments, **named)
-            depth -= 1
-            if not depth:  # one may call another
-                inside += time.perf_counter() - begun
+            inside += time.perf_counter() - begun
             return result
 
         return call
 
     found = []
     with contextlib.ExitStack() as stack:
-        # The drawing program, the wait for it, and the image tokenizer's.
-        for owner, name in (
-            (decode_image, "images"),
-            (sharding, "fetch"),
-            (ImageTokenizer, "decode"),
-        ):
+        # The drawing program; that of the image tokenizer, and the wait for both.
+        for owner, name in ((decode_image, "images"), (ImageTokenizer, "pictures")):
             stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
         for _ in range(repeats + 1):
             inside, begun = 0, time.perf_counter()

@@ -205,7 +205,7 @@ class Bench:
         drawn, seconds = zip(*(self._timed(setting, part) for part in filled), strict=True)
         tokens = np.concatenate(drawn)[: len(rows)]
         parts = self.model.parts
-        pictures = list(parts.images.decode(parts.sequencer.scale.raw(tokens)))
+        pictures = list(parts.images.pictures(tokens))
         speed = self.batch / statistics.median(seconds)
         return {
             "name": setting.name,

@@ -1,5 +1,6 @@
 """The image tokenizer's files, and pictures through it and back."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -85,9 +86,23 @@ def test_encoding_and_decoding_are_the_networks_own(tokenizer):
     assert decoded.std() > 10  # not everything clipped
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_tokens_of_the_model_are_scaled_be_they_on_a_device_or_not(tokenizer, count):
+    """Also where they are several chunks, or less than one."""
+    small = dataclasses.replace(tokenizer, batch=2)
+    normal = np.random.default_rng(0).normal(size=(count, 4, 32)).astype(np.float32)
+    expected = tokenizer.decode(normal * tokenizer.channel_std + tokenizer.channel_mean)
+    for which in (tokenizer, small):
+        for tokens in (normal, jnp.asarray(normal)):
+            found = which.pictures(tokens)
+            assert found.shape == expected.shape
+            assert np.abs(found.astype(int) - expected).max() <= 1
+    assert expected.std() > 10
+
+
 def test_chunks_do_not_show(tokenizer):
     """7 pictures in chunks of 64, and of 2 with one left over."""
-    small = image_tokenizer.ImageTokenizer(**{**vars(tokenizer), "batch": 2})
+    small = dataclasses.replace(tokenizer, batch=2)
     images = pictures(7)
     whole, cut = tokenizer.encode(images), small.encode(images)
     for a, b in zip(whole, cut, strict=True):

@@ -73,6 +73,14 @@ class ImageTokenizer:
         """Pictures of raw tokens, clipped to the range of pixels."""
         return in_chunks(functools.partial(_decode, self.config), self.params, tokens, self.batch)
 
+    def pictures(
+        self, tokens: Float[jax.Array, "B N C"] | Float[np.ndarray, "B N C"]
+    ) -> UInt8[np.ndarray, "B H W 3"]:
+        """Pictures of the model's tokens, which need not have left the devices."""
+        scale = (self.channel_mean, self.channel_std)
+        program = functools.partial(_decode_scaled, self.config, scale)
+        return in_chunks(program, self.params, tokens, self.batch)
+
     def placed(self, where: jax.sharding.Sharding) -> "ImageTokenizer":
         """The tokenizer with its parameters there; pictures are spread over the devices of it."""
         return dataclasses.replace(self, params=jax.device_put(self.params, where))
@@ -94,6 +102,14 @@ def _decode(config: VaeConfig, params: Params, tokens: jax.Array) -> jax.Array:
     return to_bytes(module(config).bind(params).decode(tokens))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_scaled(
+    config: VaeConfig, scale: tuple[jax.Array, jax.Array], params: Params, tokens: jax.Array
+) -> jax.Array:
+    mean, std = scale
+    return _decode(config, params, tokens * std[None, None] + mean[None, None])
+
+
 def to_pixels(images: jax.Array) -> jax.Array:
     """uint8 to float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
@@ -104,19 +120,24 @@ def to_bytes(pixels: jax.Array) -> jax.Array:
     return jnp.round((jnp.clip(pixels, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def in_chunks(function: Callable, params: Params, x: np.ndarray, size: int) -> Any:
+def in_chunks(function: Callable, params: Params, x: np.ndarray | jax.Array, size: int) -> Any:
     """`function` of parameters and some of `x`, over its leading axis in chunks of one size.
 
-    The last one is filled up, a single one to a power of two: few compilations for any number.
+    The last one is filled up, a single one to a power of two: few compilations for any number. What
+    is on the devices and just one chunk stays there.
     """
     mesh = sharding.mesh_of(params)
     size = sharding.divisible(min(size, 1 << max(len(x) - 1, 0).bit_length()), mesh)
-    padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
-    chunks = []
-    for i in range(0, len(padded), size):
-        chunk = sharding.spread(padded[i : i + size], mesh)
-        chunks.append(jax.tree.map(sharding.fetch, function(params, chunk)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x)], *chunks)
+    chunks = [x]
+    if len(x) != size:
+        x = sharding.fetch(x) if isinstance(x, jax.Array) else x
+        padded = np.concatenate([x, np.repeat(x[-1:], -len(x) % size, axis=0)])
+        chunks = [padded[i : i + size] for i in range(0, len(padded), size)]
+    results = [
+        jax.tree.map(sharding.fetch, function(params, sharding.spread(chunk, mesh)))
+        for chunk in chunks
+    ]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x)], *results)
 
 
 def load(path: str | os.PathLike) -> ImageTokenizer:

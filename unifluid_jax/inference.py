@@ -373,7 +373,7 @@ class Model:
     def _drawn(self, rows: list[_Row], drawing: Drawing) -> Iterator[Image.Image]:
         for filled, count in self._chunks(rows):
             tokens = decode_image.images(*self._image_arguments(filled, drawing), how=drawing.how)
-            yield from self._pictures(sharding.fetch(tokens)[:count], filled[:count])
+            yield from self._pictures(tokens, filled[:count])
 
     def _streamed_pictures(
         self, requests: list[Request], drawing: Drawing, seed: int | None
@@ -382,7 +382,7 @@ class Model:
         filled = self._filled(rows, _power(len(rows)))
         arguments = self._image_arguments(filled, drawing)
         for tokens, known in decode_image.stream(*arguments, how=drawing.how):
-            yield self._pictures(sharding.fetch(tokens)[: len(rows)], rows, known)
+            yield self._pictures(tokens, rows, known)
 
     def _image_rows(self, requests: Sequence[Request], drawing: Drawing, seed: int) -> list[_Row]:
         sequencer, layout = self.parts.sequencer, self.parts.sequencer.layout
@@ -429,12 +429,15 @@ class Model:
         )  # fmt: skip
 
     def _pictures(
-        self, tokens: np.ndarray, rows: list[_Row], known: int | None = None
+        self, tokens: jax.Array, rows: list[_Row], known: int | None = None
     ) -> list[Image.Image]:
-        """Pictures of tokens, of which the first `known` of each row's order are made."""
-        pixels = self.parts.images.decode(self.parts.sequencer.scale.raw(tokens))
+        """Pictures of tokens, of which the first `known` of each row's order are made.
+
+        Args:
+            rows: of these; tokens of others, by which a batch was filled up, may follow.
+        """
         pictures = []
-        for picture, row in zip(pixels, rows, strict=True):
+        for picture, row in zip(self.parts.images.pictures(tokens), rows, strict=False):
             if row.request.cells is not None:
                 picture = painted(row.request.kept, row.request.cells, picture)
             if known is not None:

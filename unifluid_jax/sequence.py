@@ -49,6 +49,7 @@ import functools
 import itertools
 import math
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +134,6 @@ class Sequence:
 
 # The fields that have an entry per picture, not per position.
 PICTURES = ("images", "pictures")
-_POSITIONS = tuple(f.name for f in dataclasses.fields(Sequence) if f.name not in PICTURES)
 _NO_PICTURES = np.zeros((0, 0, 0, 3), np.uint8)
 
 
@@ -145,10 +145,10 @@ def understanding(
     With `answer=None` the prefix alone, to be decoded from. The separator is the last position of
     the prefix and predicts the first answer token; the last answer token predicts EOS.
     """
-    prefix = [_vision(layout), _text(layout, [layout.bos, *prompt, layout.separator])]
+    prefix = [_vision(layout), _text([layout.bos, *prompt, layout.separator])]
     if answer is None:
         return _assemble(layout, prefix, [], image[None])
-    sequence = _assemble(layout, prefix, [_text(layout, answer)], image[None])
+    sequence = _assemble(layout, prefix, [_text(answer)], image[None])
     first = len(sequence) - len(answer) - 1
     sequence.text_target[first:] = [*answer, layout.eos]
     sequence.text_weight[first:] = 1.0
@@ -173,7 +173,7 @@ def generation(
         groups: numbers of tokens that are asked for at once, never falling, N together; one at a
             time by default.
     """
-    prefix = [_text(layout, [layout.bos, *prompt])]
+    prefix = [_text([layout.bos, *prompt])]
     return _assemble(layout, prefix, [_targets(layout, target, order, given, groups)], None)
 
 
@@ -205,7 +205,7 @@ def editing(
         prefix.append(_vision(layout))
     if source_latents is not None:
         prefix.append(_source(layout, source_latents))
-    prefix.append(_text(layout, [layout.bos, *instruction]))
+    prefix.append(_text([layout.bos, *instruction]))
     images = None if source is None else source[None]
     return _assemble(layout, prefix, [_targets(layout, target, order, given, groups)], images)
 
@@ -253,45 +253,26 @@ def raster(layout: Layout) -> Int[np.ndarray, "N"]:
     return np.arange(layout.image_tokens, dtype=np.int32)
 
 
-def _span(layout: Layout, length: int, modality: Modality) -> Sequence:
-    """`length` empty positions of one modality.
+class _Span(NamedTuple):
+    """Some positions of one modality, and what they hold where it is not what `_assemble` puts."""
 
-    Nothing fed but what the caller fills in, no loss.
-    """
-    return Sequence(
-        tokens=np.zeros(length, np.int32),
-        modality=np.full(length, modality, np.int32),
-        position=np.arange(length, dtype=np.int32),
-        step=np.ones(length, np.int32),
-        text_target=np.zeros(length, np.int32),
-        text_weight=np.zeros(length, np.float32),
-        latent_mean=np.zeros((length, layout.token_dim), np.float32),
-        latent_std=np.zeros((length, layout.token_dim), np.float32),
-        behind=np.zeros(length, np.int32),
-        content_position=np.full(length, -1, np.int32),
-        target_position=np.full(length, -1, np.int32),
-        image_weight=np.zeros(length, np.float32),
-        images=_NO_PICTURES,
-        pictures=_NO_PICTURES,
-    )
+    length: int
+    modality: Modality | Int[np.ndarray, "T"]
+    fields: Mapping[str, ArrayLike] = {}
 
 
-def _text(layout: Layout, ids: list[int]) -> Sequence:
-    span = _span(layout, len(ids), Modality.TEXT)
-    span.tokens[:] = ids
-    return span
+def _text(ids: list[int]) -> _Span:
+    return _Span(len(ids), Modality.TEXT, {"tokens": ids})
 
 
-def _vision(layout: Layout) -> Sequence:
-    return _span(layout, layout.vision_tokens, Modality.VISION)
+def _vision(layout: Layout) -> _Span:
+    return _Span(layout.vision_tokens, Modality.VISION)
 
 
-def _source(layout: Layout, latents: Latents) -> Sequence:
-    span = _span(layout, layout.image_tokens, Modality.LATENT)
-    span.latent_mean[:] = latents.mean
-    span.latent_std[:] = latents.std
-    span.content_position[:] = raster(layout)
-    return span
+def _source(layout: Layout, latents: Latents) -> _Span:
+    fields = {"latent_mean": latents.mean, "latent_std": latents.std}
+    fields["content_position"] = raster(layout)
+    return _Span(layout.image_tokens, Modality.LATENT, fields)
 
 
 def _targets(
@@ -300,15 +281,13 @@ def _targets(
     order: Int[np.ndarray, "N"],
     given: int | None,
     groups: Collection[int],
-) -> Sequence:
+) -> _Span:
     """All of an image's tokens to be predicted, or what asks for one when some are `given`."""
     if given is None and latents is not None:
-        return _asked(layout, latents, order, groups or [1] * layout.image_tokens)
+        return _asked(layout, latents, order, groups or [1] * layout.image_tokens, 1.0)
     # The last of an image that is given whole is asked for all the same.
     known = min(given or 0, layout.image_tokens - 1)
-    span = _asked(layout, latents, order, [1] * (known + 1))
-    span.image_weight[:] = 0.0
-    return span
+    return _asked(layout, latents, order, [1] * (known + 1), 0.0)
 
 
 def _asked(
@@ -316,32 +295,32 @@ def _asked(
     latents: Latents | None,
     order: Int[np.ndarray, "N"],
     groups: Collection[int],
-) -> Sequence:
+    weight: float,
+) -> _Span:
     """Positions that ask for the first tokens of the order, a group at a time.
 
     Each position comes with the token that it predicts.
     """
-    step, content, behind = _fed(tuple(groups))
-    span = _span(layout, len(step), Modality.TEXT)
-    span.step[:] = step
-    span.tokens[:] = layout.boi
-    span.tokens[content] = 0
-    span.modality[content] = Modality.LATENT
-    span.behind[content] = behind
-    span.content_position[content] = order[content - behind]
-    span.target_position[:] = order[: len(span)]
+    step, behind, is_fed = _fed(tuple(groups))
+    order = order[: len(step)]
+    fields = {
+        "step": step,
+        "tokens": np.where(is_fed, 0, layout.boi),
+        "behind": behind,
+        "content_position": np.where(is_fed, order[np.arange(len(step)) - behind], -1),
+        "target_position": order,
+        "image_weight": weight,
+    }
     if latents is not None:
-        span.latent_mean[:] = latents.mean[order[: len(span)]]
-        span.latent_std[:] = latents.std[order[: len(span)]]
-        span.image_weight[:] = 1.0
-    return span
+        fields |= {"latent_mean": latents.mean[order], "latent_std": latents.std[order]}
+    return _Span(len(step), np.where(is_fed, Modality.LATENT, Modality.TEXT), fields)
 
 
 @functools.lru_cache(maxsize=256)
 def _fed(
     groups: tuple[int, ...],
-) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "K"], Int[np.ndarray, "K"]]:
-    """Where groups start, which positions are fed a token, and how far behind that one was asked.
+) -> tuple[Int[np.ndarray, "T"], Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    """Where groups start, how far behind the token was asked for that a position is fed, if it is.
 
     The last of a group are fed the tokens of the group before; where this one is longer, or the
     first, the others are BOI.
@@ -352,8 +331,8 @@ def _fed(
     step[first] = 1
     behind = np.repeat(widths, widths)
     before = np.repeat(np.append(0, first[:-1]), widths)  # where the group before begins
-    (content,) = np.nonzero(np.arange(len(step)) - behind >= before)
-    return step, content, behind[content]
+    is_fed = np.arange(len(step)) - behind >= before
+    return step, np.where(is_fed, behind, 0), is_fed
 
 
 GROWTHS = ("constant", "cosine")
@@ -383,21 +362,40 @@ def group_sizes(count: int, parallel: int, growth: str = "constant") -> list[int
 
 def _assemble(
     layout: Layout,
-    prefix: list[Sequence],
-    suffix: list[Sequence],
+    prefix: list[_Span],
+    suffix: list[_Span],
     images: UInt8[np.ndarray, "n H W 3"] | None,
 ) -> Sequence:
-    spans = [*prefix, *suffix]
-    joined = {name: np.concatenate([getattr(span, name) for span in spans]) for name in _POSITIONS}
-    starts = np.cumsum([0, *map(len, spans)])
-    for span, start in zip(spans, starts, strict=False):
-        joined["position"][start : start + len(span)] += start
+    """The spans one behind the other: nothing fed but what they hold, no other loss."""
+    length = sum(span.length for span in (*prefix, *suffix))
+    whole = Sequence(
+        tokens=np.zeros(length, np.int32),
+        modality=np.empty(length, np.int32),
+        position=np.arange(length, dtype=np.int32),
+        step=np.ones(length, np.int32),
+        text_target=np.zeros(length, np.int32),
+        text_weight=np.zeros(length, np.float32),
+        latent_mean=np.zeros((length, layout.token_dim), np.float32),
+        latent_std=np.zeros((length, layout.token_dim), np.float32),
+        behind=np.zeros(length, np.int32),
+        content_position=np.full(length, -1, np.int32),
+        target_position=np.full(length, -1, np.int32),
+        image_weight=np.zeros(length, np.float32),
+        images=_NO_PICTURES if images is None else images,
+        pictures=_NO_PICTURES,
+    )
+    start = 0
+    for span in (*prefix, *suffix):
+        stop = start + span.length
+        whole.modality[start:stop] = span.modality
+        for name, values in span.fields.items():
+            getattr(whole, name)[start:stop] = values
+        start = stop
     if layout.bidirectional_prefix:
         # The first position starts step 1, the rest of the prefix joins it; the suffix goes on
         # causally.
-        joined["step"][1 : sum(len(span) for span in prefix)] = 0
-    images = _NO_PICTURES if images is None else images
-    return Sequence(**joined, images=images, pictures=_NO_PICTURES)
+        whole.step[1 : sum(span.length for span in prefix)] = 0
+    return whole
 
 
 def attention_mask(
