@@ -102,6 +102,40 @@ def test_a_plan_is_json_and_readable(on_cpu, capsys):
     assert "Fits: " in text and "Estimated MFU" in text and "recomputation not counted" in text
 
 
+@pytest.mark.parametrize(
+    ("message", "held"),
+    [
+        ("Ran out of memory in memory space hbm. Used 19.26G of 15.75G hbm. Exceeded by 3.51G.", 0),
+        (
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
+            " temporaries (19.26G) exceeds available HBM (15.75G). HLO module: jit__lambda.",
+            1,
+        ),
+    ],
+)
+def test_what_does_not_fit_is_no_error(monkeypatch, message, held):
+    """The compiler has two ways to say so, of which one leaves out what the step is given."""
+
+    def refuse(self):
+        class Lowered:
+            def compile(self, options):
+                raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+        return Lowered()
+
+    monkeypatch.setattr(planning.Step, "lower", refuse)
+    step = planning.describe(small(), jax.devices())
+    plan = planning.of_step(step, CHIP, "v5e:2x4")
+    hbm = plan["hbm"]
+    given = sum(hbm[name] for name in ("parameters", "ema", "optimizer", "batch"))
+    assert hbm["total"] == 19.26 * 2**30 + held * given and given > 0
+    assert not plan["fits"] and plan["would_fit"] == []  # so small a step cannot save so much
+    assert planning.remarks(plan)[0].startswith("Does not fit: 19.")
+    message = "something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        planning.of_step(step, CHIP, "v5e:2x4")
+
+
 def test_what_would_fit_is_said_and_true():
     step = planning.describe(small(), jax.devices())
     need = estimate.memory(step.plan, step.state, step.batch, step.constants, step.mesh)

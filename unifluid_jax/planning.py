@@ -132,10 +132,9 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     try:
         compiled = lowered.compile(topology.compiler_options(mesh.devices.flat[0].platform))
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", str(error))
-        if not used:
+        needed = _needed(str(error), sizes)
+        if needed is None:
             raise
-        needed = float(used[1]) * {"G": _GIB, "M": 2**20, "K": 2**10}[used[2]]
         found["hbm"] = _memory(sizes, chip, None, needed)
         found["fits"] = False
         found["would_fit"] = would_fit(step, chip, needed)
@@ -158,9 +157,24 @@ def versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
+def _needed(message: str, sizes: estimate.Memory) -> float | None:
+    """Bytes on one device, of the compiler's message that they are too many; None if it is none."""
+    whole = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", message)
+    temp = re.search(r"HLO temporaries \(([\d.]+)([GMK])\) exceeds available HBM", message)
+    if not (whole or temp):
+        return None
+    number, unit = (whole or temp).groups()
+    needed = float(number) * {"G": _GIB, "M": 2**20, "K": 2**10}[unit]
+    return needed if whole else needed + sum(getattr(sizes, name) for name in _HELD)
+
+
+# What a step is given.
+_HELD = ("parameters", "ema", "optimizer", "batch")
+
+
 def _memory(sizes: estimate.Memory, chip: Chip, stats: Any, needed: float) -> dict[str, float]:
     """Bytes on one device by class; state is exact, what is inside "temp" is by size."""
-    classes = {name: getattr(sizes, name) for name in ("parameters", "ema", "optimizer", "batch")}
+    classes = {name: getattr(sizes, name) for name in _HELD}
     inside = {name: getattr(sizes, name) for name in ("gradients", "activations", "logits")}
     temp = needed - sum(classes.values()) if stats is None else stats.temp_size_in_bytes
     # The classes live at different times, so that together they may be more than the peak.
