@@ -234,8 +234,7 @@ def page(text: dict[str, Any], recipes: dict[str, Any]) -> str:
 def bounds(plan: dict[str, Any]) -> dict[str, str]:
     """What a step's time is made of, with the share of it."""
     timed, chip = plan["estimate"], topology.CHIPS[plan["topology"].split(":")[0]]
-    model = sum(part["step"] for part in plan["model_flops"].values()) / plan["devices"]
-    issued = sum(plan["program"]["matmul_flops"].values())
+    model, issued = planning.flops_of(plan)
     low, high = timed["step_s"]
     seconds = {
         "the model's FLOPs at peak": model / chip.flops,

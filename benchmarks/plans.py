@@ -157,8 +157,7 @@ def _row(layout: str, found: dict[str, Any] | None, old: bool) -> str:
         return (
             "| " + " | ".join([*cells, "does not fit" if not found["fits"] else "?"]) + " | | | |"
         )
-    model = sum(part["step"] for part in found["model_flops"].values()) / found["devices"]
-    issued = sum(found["program"]["matmul_flops"].values())
+    model, issued = planning.flops_of(found)
     sent = sum(c["bytes"] for c in found["program"]["collectives"])
     cells += [
         "-".join(f"{t:.2f}" for t in timed["step_s"]),

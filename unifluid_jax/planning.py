@@ -151,6 +151,12 @@ def of_step(step: Step, chip: Chip, name: str) -> Plan:
     return found
 
 
+def flops_of(plan: Plan) -> tuple[float, float]:
+    """FLOPs of one device in a compiled step: the model's, and those of all products issued."""
+    model = sum(part["step"] for part in plan["model_flops"].values()) / plan["devices"]
+    return model, sum(plan["program"]["matmul_flops"].values())
+
+
 def versions() -> dict[str, str]:
     """What decides about the compiled program besides the config."""
     packages = ["jax", "jaxlib", *(["libtpu"] if topology.available() else [])]
