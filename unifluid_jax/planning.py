@@ -25,6 +25,8 @@ from unifluid_jax.step import describe_constants, train_step
 from unifluid_jax.topology import Chip
 
 PARTS = ("siglip", "vae", "backbone", "logits", "head", "optimizer")
+# What a step is given; its constants count as parameters.
+_GIVEN = ("parameters", "ema", "optimizer", "batch")
 _GIB = 2**30
 # What an attention kernel is priced at: share of peak, and its backward pass in forward passes.
 _KERNEL_RATE, _KERNEL_BACKWARD = 0.4, 2.5
@@ -171,16 +173,12 @@ def _needed(message: str, sizes: estimate.Memory) -> float | None:
         return None
     number, unit = (whole or temp).groups()
     needed = float(number) * {"G": _GIB, "M": 2**20, "K": 2**10}[unit]
-    return needed if whole else needed + sum(getattr(sizes, name) for name in _HELD)
-
-
-# What a step is given.
-_HELD = ("parameters", "ema", "optimizer", "batch")
+    return needed if whole else needed + sum(getattr(sizes, name) for name in _GIVEN)
 
 
 def _memory(sizes: estimate.Memory, chip: Chip, stats: Any, needed: float) -> dict[str, float]:
     """Bytes on one device by class; state is exact, what is inside "temp" is by size."""
-    classes = {name: getattr(sizes, name) for name in _HELD}
+    classes = {name: getattr(sizes, name) for name in _GIVEN}
     inside = {name: getattr(sizes, name) for name in ("gradients", "activations", "logits")}
     temp = needed - sum(classes.values()) if stats is None else stats.temp_size_in_bytes
     # The classes live at different times, so that together they may be more than the peak.
