@@ -436,8 +436,8 @@ class Model:
         Args:
             rows: of these; tokens of others, by which a batch was filled up, may follow.
         """
-        pictures = []
-        for picture, row in zip(self.parts.images.pictures(tokens), rows, strict=False):
+        pixels, pictures = self.parts.images.pictures(tokens)[: len(rows)], []
+        for picture, row in zip(pixels, rows, strict=True):
             if row.request.cells is not None:
                 picture = painted(row.request.kept, row.request.cells, picture)
             if known is not None:
