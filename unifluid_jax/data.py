@@ -229,7 +229,7 @@ def show_batch(config: ConfigDict, console: rich.console.Console) -> None:
         console.print(f"{name}: {array.dtype} {list(array.shape)}", markup=False)
     console.print(show.fill(batch, config.input, sequencer.layout))
     console.print(show.proportions(found, entries))
-    show.draw(shown, entries, sequencer, tokenizer, output)
+    show.draw(shown, entries, sequencer.text, tokenizer, output)
     console.print(f"pictures of {len(shown)} examples in {output}")
 
 

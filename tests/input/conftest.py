@@ -112,8 +112,9 @@ class StandIn:
         quarters = images.reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).reshape(-1, 4, 3)
         return quarters.astype(np.float32), np.full(quarters.shape, 0.5, np.float32)
 
-    def decode(self, tokens):
-        quarters = np.clip(np.rint(tokens), 0, 255).astype(np.uint8).reshape(-1, 2, 2, 3)
+    def pictures(self, tokens):
+        raw = tokens * self.channel_std + self.channel_mean
+        quarters = np.clip(np.rint(raw), 0, 255).astype(np.uint8).reshape(-1, 2, 2, 3)
         return quarters.repeat(8, 1).repeat(8, 2)
 
 

@@ -196,7 +196,7 @@ def test_pictures_of_a_batch_are_drawn_with_their_latents_decoded(
     made, _, found = shown(mixture=only(task), text_drop=0.0)
     segment, records = found[0], Records("toys", "train", toys)
     path = tmp_path / "batch.png"
-    show.draw(found[:1], pipeline.mixture(made.config), made.sequencer, stand_in(), path)
+    show.draw(found[:1], pipeline.mixture(made.config), made.sequencer.text, stand_in(), path)
     record = records[segment.record]
     number = int(record.id.split()[1])
     if task == "edit":
@@ -221,12 +221,12 @@ def test_a_whole_mixed_batch_is_drawn(shown, stand_in, tmp_path):
 
     path = tmp_path / "batch.png"
     entries = pipeline.mixture(made.config)
-    show.draw(found, entries, made.sequencer, stand_in(), path)
+    show.draw(found, entries, made.sequencer.text, stand_in(), path)
     with Image.open(path) as sheet:
         assert sheet.width > 6 * 150 and sheet.height > 2 * 128
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(show, "grid", grid)
-        show.draw(found, entries, made.sequencer, stand_in(), path)
+        show.draw(found, entries, made.sequencer.text, stand_in(), path)
     titles = {
         "caption": "caption: seen",
         "vqa": "vqa: seen",
@@ -247,8 +247,8 @@ def test_latents_are_decoded_in_raster_order_whatever_the_order(shown, stand_in)
     # As if the cell that comes first had 0, the next 10, ...
     scale = made.sequencer.scale
     segment.fields["latent_mean"][-4:] = scale.normalised(raw[order], raw[order]).mean
-    (tokens,) = show._tokens(segment, scale)
-    np.testing.assert_allclose(tokens, raw, atol=1e-4)
+    (tokens,) = show._tokens(segment)
+    np.testing.assert_allclose(tokens * scale.std + scale.mean, raw, atol=1e-4)
 
 
 def test_a_grid_of_pictures(tmp_path):

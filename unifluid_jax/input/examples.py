@@ -70,10 +70,6 @@ class LatentScale:
         """Raw posterior moments of one picture on the model's scale."""
         return Latents((mean - self.mean[None]) / self.std[None], std / self.std[None])
 
-    def raw(self, tokens: Float[np.ndarray, "*rest C"]) -> Float[np.ndarray, "*rest C"]:
-        """The model's tokens on the image tokenizer's own scale."""
-        return tokens * self.std + self.mean
-
 
 def take(task: str, record: Record, choice: int) -> Example:
     """The example number `choice` of a task in a record, pictures decoded.

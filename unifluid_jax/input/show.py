@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from unifluid_jax.input.examples import LatentScale, Sequencer
 from unifluid_jax.input.pipeline import FIELDS, Batch
 from unifluid_jax.input.records import resized
 from unifluid_jax.input.tokenizer import TextTokenizer
@@ -164,17 +163,17 @@ def proportions(found: Iterable[Segment], entries: Sequence[Mapping[str, Any]]) 
 def draw(
     found: Sequence[Segment],
     entries: Sequence[Mapping[str, Any]],
-    sequencer: Sequencer,
-    tokenizer: "ImageTokenizer",
+    text_tokenizer: TextTokenizer,
+    images: "ImageTokenizer",
     path: str | os.PathLike,
 ) -> None:
     """Writes a PNG: of each example the picture seen, the source's latents and the target, decoded.
 
     Latents are decoded at the posterior's mean.
     """
-    tokens = [t for segment in found for t in _tokens(segment, sequencer.scale)]
-    decoded = iter(tokenizer.decode(np.stack(tokens)) if tokens else ())
-    size = tokenizer.config.image_size
+    tokens = [t for segment in found for t in _tokens(segment)]
+    decoded = iter(images.pictures(np.stack(tokens)) if tokens else ())
+    size = images.config.image_size
     strips, labels = [], []
     for segment in found:
         pictures = [resized(image, size) for image in segment.images]
@@ -184,7 +183,7 @@ def draw(
             names.append("target" if kind == "image" else kind)
         strips.append(_beside(pictures))
         task = entries[segment.entry]["task"]
-        labels.append((f"{task}: {' | '.join(names)}", text(segment, sequencer.text)))
+        labels.append((f"{task}: {' | '.join(names)}", text(segment, text_tokenizer)))
     grid(strips, labels, path)
 
 
@@ -193,8 +192,8 @@ def _latent_kinds(segment: Segment) -> list[str]:
     return [kind for kind in ("source", "image") if kind in kinds]
 
 
-def _tokens(segment: Segment, scale: LatentScale) -> Iterator[Float[np.ndarray, "N C"]]:
-    """Raw tokens in raster order of the source, if there is one, and of the target."""
+def _tokens(segment: Segment) -> Iterator[Float[np.ndarray, "N C"]]:
+    """The model's tokens in raster order of the source, if there is one, and of the target."""
     fields = segment.fields
     kinds = np.array([_kind(fields, i) for i in range(len(segment))])
     for kind in _latent_kinds(segment):
@@ -203,7 +202,7 @@ def _tokens(segment: Segment, scale: LatentScale) -> Iterator[Float[np.ndarray, 
         cells = place[at]
         raster = np.empty_like(fields["latent_mean"][at])
         raster[cells] = fields["latent_mean"][at]
-        yield scale.raw(raster)
+        yield raster
 
 
 def _beside(pictures: Sequence[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "H W2 3"]:
