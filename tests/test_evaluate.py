@@ -2,15 +2,18 @@
 
 import datetime
 import json
+import shutil
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests import worlds
-from unifluid_jax import checkpoint, image_tokenizer
+from unifluid_jax import checkpoint, image_tokenizer, inference, pretrained
 from unifluid_jax import config as configs
+from unifluid_jax.evaluate import default_folder
 from unifluid_jax.image_tokenizer import psnr
 from unifluid_jax.input.records import Records, resized
 
@@ -82,6 +85,22 @@ def test_the_scores_are_those_of_python(evaluate, workdir, tmp_path):
     expected = psnr(tokenizer.decode(tokenizer.encode(images)[0]), images).mean()
     assert report["scores"] == {"tokens/psnr": pytest.approx(expected, abs=0.01)}
     assert list(report["evals"]) == ["tokens"]
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/30"])
+def test_scores_go_into_the_run_whatever_part_of_it_is_named(workdir, part):
+    path = str(workdir / part)
+    assert default_folder(path, inference.origin(path)) == workdir / "evals" / "30"
+
+
+def test_scores_of_an_exported_folder_go_into_it_and_none_into_the_package(tmp_path):
+    shipped = pretrained.find("unifluid-small")
+    origin = inference.origin(shipped)
+    evals = Path("evals", str(origin.step))
+    for path in ("unifluid-small", str(shipped)):
+        assert default_folder(path, origin) == "runs/unifluid-small" / evals
+    own = shutil.copytree(shipped, tmp_path / "own")
+    assert default_folder(str(own), inference.origin(own)) == own / evals
 
 
 def test_without_pictures_no_sheet_is_written(evaluate, tmp_path):

@@ -3,7 +3,8 @@
     unifluid evaluate --workdir=runs/quickstart
     unifluid evaluate --workdir=runs/quickstart --evals=vqa,generate --config.sampling.guidance=5
 
-Writes WORKDIR/evals/STEP/scores.json, with all that the scores depend on, and pictures.png.
+Writes WORKDIR/evals/STEP/scores.json, with all that the scores depend on, and pictures.png; for a
+shipped model into runs/NAME/evals/STEP.
 """
 
 import dataclasses
@@ -50,10 +51,7 @@ def main(argv: list[str]) -> None:
     config, console = _CONFIG.value, rich.console.Console(soft_wrap=True, highlight=False)
     wanted = _choose(evals.check(config), _EVALS.value)
     model = inference.load(_WORKDIR.value, _WEIGHTS.value, _STEP.value, config=config)
-    step = model.origin.step
-    # --workdir may also be a folder of checkpoints, or one of them: nothing is written into these.
-    root = pretrained.find(_WORKDIR.value) or Path(model.origin.folder).parents[1]
-    out = Path(_OUT.value or root / "evals" / str(step))
+    out = Path(_OUT.value or default_folder(_WORKDIR.value, model.origin))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -64,7 +62,7 @@ def main(argv: list[str]) -> None:
             outcomes[name] = evals.run_one(config, model, c)
     report = {
         "checkpoint": model.origin.folder,
-        "step": step,
+        "step": model.origin.step,
         "weights": model.origin.weights,
         **_circumstances(config, wanted),
         "scores": {
@@ -88,6 +86,17 @@ def main(argv: list[str]) -> None:
     if any(sections.values()):
         Image.fromarray(grid.sheet(sections)).save(out / "pictures.png")
         console.print(f"pictures in {out / 'pictures.png'}")
+
+
+def default_folder(workdir: str, origin: inference.Origin) -> Path:
+    """Where the scores of a model of `--workdir` are written unless --out is set."""
+    root = pretrained.find(workdir)
+    if root is None:
+        # Also of a folder of checkpoints, or one of them: nothing is written into these.
+        root = Path(origin.folder).parents[1]
+    elif pretrained.is_shipped(root):
+        root = Path("runs", root.name)
+    return root / "evals" / str(origin.step)
 
 
 def _choose(known: Mapping[str, EvalConfig], names: list[str] | None) -> dict[str, EvalConfig]:

@@ -44,5 +44,10 @@ def find(path: str | os.PathLike) -> Path | None:
     )
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether it is the package's own, where nothing is to be written."""
+    return folder.resolve().parent == _ASSETS.resolve()
+
+
 def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHTS)
