@@ -162,10 +162,7 @@ def test_cut_over_devices_or_in_parts_a_step_is_the_same(world, reference, sizes
         assert a.keys() == b.keys()
         assert a == pytest.approx(b, rel=1e-5)
     for a, b in zip(wanted, states, strict=True):
-        for name, leaf in trees.flatten(a).items():
-            np.testing.assert_allclose(
-                leaf, trees.flatten(b)[name], atol=1e-5, rtol=1e-5, err_msg=name
-            )
+        assert_close(a, b, 1e-5)
     for leaf, place in zip(jax.tree.leaves(states[-1]), jax.tree.leaves(other.where), strict=True):
         assert leaf.sharding == place
 
@@ -184,10 +181,7 @@ def test_muon_cut_over_devices_and_in_parts_is_the_same(world):
     (_, *states), _ = other(2)
     assert not other.moved["params"]["head"]["cond_in"]["kernel"].sharding.is_fully_replicated
     for a, b in zip(wanted, states, strict=True):
-        for name, leaf in trees.flatten(a).items():
-            np.testing.assert_allclose(
-                leaf, trees.flatten(b)[name], atol=1e-4, rtol=1e-4, err_msg=name
-            )
+        assert_close(a, b, 1e-4)
 
 
 ENCODED = {"input.max_encoded_images": 6}
@@ -223,10 +217,7 @@ def test_a_step_that_encodes_pictures_is_the_step_on_their_latents(world, refere
     (*_, state), others = other(2, batch)
     for a, b in zip(scalars, others, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    for name, leaf in trees.flatten(wanted).items():
-        np.testing.assert_allclose(
-            leaf, trees.flatten(state)[name], atol=1e-5, rtol=1e-5, err_msg=name
-        )
+    assert_close(wanted, state, 1e-5)
     assert not any("quant_conv" in name for name in trees.flatten(state))
 
 
@@ -374,8 +365,16 @@ def records(workdir):
 
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
+    others = trees.flatten(b)
     for name, leaf in trees.flatten(a).items():
-        np.testing.assert_array_equal(leaf, trees.flatten(b)[name], err_msg=name)
+        np.testing.assert_array_equal(leaf, others[name], err_msg=name)
+
+
+def assert_close(a, b, tolerance):
+    """Every array of a tree is near that of the same name in another."""
+    others = trees.flatten(b)
+    for name, leaf in trees.flatten(a).items():
+        np.testing.assert_allclose(leaf, others[name], atol=tolerance, rtol=tolerance, err_msg=name)
 
 
 def saved_iterator(workdir, step):
@@ -464,9 +463,7 @@ def test_a_run_is_one_step_after_another(whole, reference):
         state, scalars = reference._step(state, placed, reference.constants)
         found = {name: float(x) for name, x in scalars.items()}
         assert found == pytest.approx({n: x for n, x in line.items() if n != "step"}, rel=1e-4)
-    for name, leaf in trees.flatten(state).items():
-        other = trees.flatten(expected)[name]
-        np.testing.assert_allclose(leaf, other, atol=1e-4, rtol=1e-4, err_msg=name)
+    assert_close(state, expected, 1e-4)
 
 
 def test_a_run_tells_its_model_flops_and_their_share_of_the_peak(world, tmp_path, monkeypatch):

@@ -244,8 +244,9 @@ def test_adapters_are_merged_on_the_way_out(world, tmp_path):
     export.convert(folder, config, "unifluid", tmp_path / "out")
     back = inference.load(tmp_path / "out")
     assert "lora" not in back.config
+    found = trees.flatten(back.params)
     for name, x in trees.flatten(model.params).items():
-        np.testing.assert_allclose(trees.flatten(back.params)[name], x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[name], x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_siglip_of_ours_goes_out_and_in_again(convert, tmp_path):

@@ -120,6 +120,10 @@ class Functional:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self._build = build
+        # Shapes, plans and fresh states all ask for it: traced once, then laid into each of them.
+        self._init = jax.jit(
+            lambda key: nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)))[1]), inline=True
+        )
 
     @cached_property
     def _abstract(self) -> tuple[Any, Any]:
@@ -141,8 +145,8 @@ class Functional:
         return nnx.to_pure_dict(state)
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh parameters, a nested dict of arrays; to be called under `jit` or `eval_shape`."""
-        return nnx.to_pure_dict(nnx.split(self._build(nnx.Rngs(key)))[1])
+        """Fresh parameters, a nested dict of arrays; meant for `jit` and `eval_shape`."""
+        return self._init(key)
 
     def bind(self, params: Params) -> Any:
         """The module with these parameters.
