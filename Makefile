@@ -1,11 +1,11 @@
 # make quickstart   builds the data, pretrains a small UniFluid, scores it     (20 minutes on two cores)
 # make test         lint and tests
 # make test-interop the parity tests that need other code bases installed, in .venv-interop (3 GB)
-# make test-faults  breaks training runs in a hundred ways and compares what comes out   (half an hour)
+# make test-faults  breaks training runs in a hundred ways and compares what comes out   (ten minutes)
 # make test-slow    the tests that take minutes each: the notebooks
 # make test-demo    drives the demo in headless Chromium; DEMO_MODEL=... and SCREENSHOTS=docs for the
 #                   README's pictures
-# make test-plans   compiles every recipe for its TPU topologies, minutes each
+# make test-plans   compiles every recipe for its TPU topologies: three quarters of an hour
 # make lint         ruff alone
 # make clean        removes the environment and caches; keeps data_cache/ and runs/
 #
