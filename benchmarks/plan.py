@@ -137,7 +137,7 @@ def against_peer(case: Case) -> dict[str, Any]:
     pairs = flops.attended(LENGTH) * gemma.heads * gemma.head_dim * gemma.depth
     model = ROWS * LENGTH * (6 * PARAMETERS + 12 * pairs)
     kernel = 4.0 * ROWS * LENGTH**2 * gemma.heads * gemma.head_dim
-    timed = planning.times(cost, chip, kernel, model, set())
+    timed = planning.times(cost, chip, kernel, model)
     memory = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     return {
         "versions": planning.versions(),

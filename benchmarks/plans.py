@@ -57,10 +57,10 @@ _HEAD = """# What the recipes need
 Made by `unifluid benchmark plans`: every recipe's whole training step, batch 2048 at 256 px,
 compiled for each topology by the TPU compiler, without the hardware. Memory is the compiler's
 figure for one device. Times are **estimates, not measurements**: the compiler's cycles at the
-chip's clock, attention kernels at 40 % of peak, collectives at nominal link rates, hidden behind
-other work (low) or not (high) where they are asynchronous. MFU counts three forward passes of what
-is trained and one of what is frozen; recomputation does not count. `unifluid plan` prints the same
-for any config.
+chip's clock, attention kernels at 40 % of peak, collectives at nominal link rates (between slices
+200 Gbit/s for the host of four chips, an assumption), hidden behind other work (low) or not (high)
+where they are asynchronous. MFU counts three forward passes of what is trained and one of what is
+frozen; recomputation does not count. `unifluid plan` prints the same for any config.
 """
 
 

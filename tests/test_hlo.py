@@ -74,6 +74,31 @@ def test_collectives_by_kind_axes_and_bytes():
     assert sum(cost.calls.values()) == 11
 
 
+@pytest.mark.parametrize(
+    ("kind", "slices", "sent"),
+    [
+        ("ALL_REDUCE", "{1,2}", 1.0),
+        ("ALL_REDUCE", "{1:4}", 1.5),
+        ("ALL_GATHER", "{1,2,3:4}", 3.0),
+        ("REDUCE_SCATTER", "{1,2}", 0.5),
+    ],
+)
+def test_what_goes_between_slices_is_what_each_device_hands_to_the_hosts(kind, slices, sent):
+    about = f'_xla_megascale_target="{slices}x{{0:7}}",_xla_megascale_transfer_type="{kind}"'
+    made = "(bf16[18,8,128]{2,1,0}, u32[]{:S(2)}, token[])"
+    text = (
+        "ENTRY %m (x: bf16[18,8,128]) -> token[] {\n"
+        "  %x = bf16[18,8,128]{2,1,0} parameter(0)\n"
+        "  %after = token[] after-all()\n"
+        f"  %send.1 = {made} send(%x, %after), channel_id=3, frontend_attributes={{{about}}}\n"
+        f"  %send.2 = {made} send(%x, %after), channel_id=4\n"  # to a callback on the host
+        "  ROOT %done = token[] send-done(%send.1), channel_id=3, "
+        f"frontend_attributes={{{about}}}\n}}\n"
+    )
+    found = Collective(kind.lower().replace("_", "-"), hlo.SLICES, True)
+    assert hlo.analyse(text, MESH, ()).sent == {found: sent * 18 * 8 * 128 * 2}
+
+
 def test_a_loop_without_an_end_is_an_error():
     text = TEXT.replace("constant(5)", "parameter(1)")
     with pytest.raises(ValueError, match="loop has no constant trip count"):

@@ -183,8 +183,8 @@ def test_times_by_hand():
     cost.kernels["splash_mha_fwd"] = 2
     cost.kernels["splash_mha_dkv"] = 1
     cost.sent[hlo.Collective("all-gather", "fsdp", True)] = 36e9
-    cost.sent[hlo.Collective("all-reduce", "data", False)] = 6.25e9
-    found = planning.times(cost, CHIP, 0.4 * 197e12, model_flops=197e12, slow={"data"})
+    cost.sent[hlo.Collective("all-reduce", hlo.SLICES, False)] = 6.25e9
+    found = planning.times(cost, CHIP, 0.4 * 197e12, model_flops=197e12)
     assert found["cycles_s"] == 2.0 and found["kernels_s"] == 4.5
     assert found["collectives_sync_s"] == 1.0 and found["collectives_async_s"] == 0.2
     assert found["step_s"] == [7.5, 7.7]

@@ -17,6 +17,7 @@ import numpy as np
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4}
 _BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+SLICES = "slices"
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -26,7 +27,7 @@ class Collective:
 
     Attributes:
         kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute".
-        axes: of the mesh, "data,fsdp".
+        axes: of the mesh, "data,fsdp"; `SLICES` for what goes over the network between slices.
         asynchronous: whether other operations run beside it.
     """
 
@@ -129,6 +130,8 @@ class _Program:
             total.flops[part] += _flops(op, around)
         elif op.opcode == "custom-call" and "tpu_custom_call" in op.rest:
             total.kernels[_kernel(op)] += 1
+        elif op.opcode == "send":
+            self._add_transfer(total, op, around)
         else:
             self._add_collective(total, op, around, asynchronous=False)
 
@@ -162,10 +165,28 @@ class _Program:
         if op.opcode.endswith("-start") and op.shape.startswith("("):
             made -= given  # the result is a pair of operands and results
         whole = max(given, made)
-        share = (count - 1) / count if count else 1
-        factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
         found = Collective(kind, axes, asynchronous or op.opcode.endswith("-start"))
-        total.sent[found] += factor * (given if kind == "all-reduce" else whole)
+        total.sent[found] += _share(kind, count) * (given if kind == "all-reduce" else whole)
+        total.calls[found] += 1
+
+    def _add_transfer(self, total: Cost, op: _Op, around: Mapping[str, _Op]) -> None:
+        """The part of a collective that goes between slices.
+
+        The compiler cuts a collective over several slices up: inside of each over the fast links,
+        between them through the hosts, where every device sends what it has after the former.
+        """
+        named = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.rest)
+        if not named:
+            return
+        kind = named[1].lower().replace("_", "-")
+        # Slices and devices in them, "{1,2}x{0:255}".
+        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', op.rest)
+        ranges = [part.split(":") for part in target[1].split(",")] if target else []
+        count = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+        given = _size(around[op.operands[0]].shape)
+        found = Collective(kind, SLICES, True)
+        whole = given * count if kind == "all-gather" else given
+        total.sent[found] += _share(kind, count) * whole
         total.calls[found] += 1
 
     def _group(self, op: _Op) -> tuple[str, int]:
@@ -261,6 +282,12 @@ def _closing(text: str, start: int) -> int:
         if depth == 0:
             return place
     raise ValueError(f"unbalanced: {text[:80]}")
+
+
+def _share(kind: str, count: int) -> float:
+    """What one of `count` devices sends, of all that a collective makes or is given."""
+    share = (count - 1) / count if count else 1.0
+    return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share)
 
 
 def _dims(shape: str) -> list[int]:

@@ -219,24 +219,15 @@ def timed(step: Step, cost: hlo.Cost, chip: Chip, model_flops: float) -> dict[st
     config, c, mesh = step.plan.config, step.plan.sizes.backbone, step.mesh.shape
     rows = config.input.batch_size / config.train.accumulate / (mesh["data"] * mesh["fsdp"])
     one = 4.0 * rows * config.input.seq_len**2 * c.head_dim * c.heads / mesh["tensor"]
-    return times(cost, chip, one, model_flops, slow_axes(config))
+    return times(cost, chip, one, model_flops)
 
 
-def slow_axes(config: ConfigDict) -> set[str]:
-    """Axes of the mesh that go between slices."""
-    dcn = config.mesh.get("dcn")
-    return {axis for axis in sharding.AXES if dcn is not None and dcn[axis] != 1}
-
-
-def times(
-    cost: hlo.Cost, chip: Chip, attention: float, model_flops: float, slow: set[str]
-) -> dict[str, Any]:
+def times(cost: hlo.Cost, chip: Chip, attention: float, model_flops: float) -> dict[str, Any]:
     """Estimated seconds of a program.
 
     Args:
         attention: FLOPs of one attention kernel's forward pass.
         model_flops: of a step and device.
-        slow: axes of the mesh that go over the network between slices.
     """
     passes = sum(
         times * (_KERNEL_BACKWARD if "dkv" in kernel or "dq" in kernel else 1.0)
@@ -246,7 +237,7 @@ def times(
     kernels = passes * attention / (_KERNEL_RATE * chip.flops)
     waits = {True: 0.0, False: 0.0}
     for collective, sent in cost.sent.items():
-        rate = chip.dcn if slow & set(collective.axes.split(",")) else chip.link
+        rate = chip.dcn if collective.axes == hlo.SLICES else chip.link
         waits[collective.asynchronous] += sent / rate
     cycles = cost.cycles.total() / chip.clock
     low = cycles + kernels + waits[False]
