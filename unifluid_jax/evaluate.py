@@ -92,7 +92,7 @@ def default_folder(workdir: str, origin: inference.Origin) -> Path:
     """Where the scores of a model of `--workdir` are written unless --out is set."""
     root = pretrained.find(workdir)
     if root is None:
-        # Also of a folder of checkpoints, or one of them: nothing is written into these.
+        # --workdir may name the run's checkpoints, or one: nothing is written into these.
         root = Path(origin.folder).parents[1]
     elif pretrained.is_shipped(root):
         root = Path("runs", root.name)
